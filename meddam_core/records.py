@@ -203,6 +203,8 @@ class Image:
     preview: EncodedImage
     """Small JPEG of the default rendering, for people."""
     frames: list[EncodedImage] | None = None
+    frame: int | None = None
+    """Which frame or slice of the source this is, counted from 0; None where the source is a single picture."""
     width: int
     height: int
     stored_bits: int = 8
@@ -312,7 +314,7 @@ class Caption:
 
 _LARGE = {(EncodedImage, "bytes"): pa.large_binary(), (Image, "frames"): pa.large_list}
 _FLOAT32 = {(Region, "confidence"), (Label, "trust"), (RegionCaption, "mean_logprob"), (Caption, "confidence")}
-_INT32 = {"width", "height", "stored_bits", "sample", "num_tokens", "attempt"}
+_INT32 = {"frame", "width", "height", "stored_bits", "sample", "num_tokens", "attempt"}
 
 
 @cache
@@ -338,7 +340,7 @@ def _field(record: type, name: str, hint: Any) -> pa.Field:
     if kind is pa.large_list:
         return pa.field(name, pa.large_list(_arrow_type(typing.get_args(hint)[0])))
     if kind is None:
-        kind = pa.float32() if (record, name) in _FLOAT32 else pa.int32() if name in _INT32 else _arrow_type(hint)
+        kind = pa.float32() if (record, name) in _FLOAT32 else pa.int32() if hint is int and name in _INT32 else _arrow_type(hint)
     return pa.field(name, kind)
 
 

@@ -1,0 +1,109 @@
+"""Files on S3 or disk by URI: `s3://bucket/key`, `file:///path` or a plain path.
+
+S3 takes its endpoint from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, its region and credentials from the usual AWS chain.
+A whole object appears at once or not at all: on S3 by nature, on disk by writing beside it and renaming.
+"""
+
+from __future__ import annotations
+
+import os
+import uuid
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pafs
+
+SCHEMES = ("s3", "file", "")
+
+
+class StorageError(ValueError):
+    """A place that cannot be read or written, with what to do about it."""
+
+
+def is_s3(uri: str) -> bool:
+    """Whether the URI names an object store."""
+    return uri.startswith("s3://")
+
+
+def join(uri: str, *parts: str) -> str:
+    """`uri` with further path parts, whatever its scheme."""
+    return "/".join([uri.rstrip("/"), *(p.strip("/") for p in parts)])
+
+
+def s3_endpoint() -> str | None:
+    """The S3-compatible endpoint to use instead of AWS, if one is set."""
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
+
+
+def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
+    """The pyarrow filesystem of a URI and the path within it.
+
+    Raises ValueError for an unknown scheme or a bucketless URI.
+    """
+    scheme = urlsplit(uri).scheme if "://" in uri else ""
+    if scheme == "s3":
+        path = uri.removeprefix("s3://").rstrip("/")
+        if not path or path.startswith("/"):
+            raise ValueError(f"{uri!r} names no bucket; write s3://BUCKET/PREFIX")
+        return _s3_filesystem(), path
+    if scheme in ("file", ""):
+        return pafs.LocalFileSystem(), str(Path(uri.removeprefix("file://")).expanduser().resolve())
+    raise ValueError(f"{uri!r} has the scheme {scheme!r}; use s3://BUCKET/PREFIX or a path")
+
+
+def _s3_filesystem() -> pafs.S3FileSystem:
+    endpoint = s3_endpoint()
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if endpoint is None:
+        return pafs.S3FileSystem(region=region)
+    parts = urlsplit(endpoint)
+    return pafs.S3FileSystem(
+        endpoint_override=parts.netloc or parts.path, scheme=parts.scheme or "https", region=region or "us-east-1"
+    )
+
+
+def read_bytes(uri: str) -> bytes:
+    """A whole object. Raises FileNotFoundError, PermissionError or OSError."""
+    fs, path = open_uri(uri)
+    with fs.open_input_file(path) as stream:
+        return bytes(stream.read())
+
+
+def write_bytes(uri: str, data: bytes) -> None:
+    """Puts a whole object in one step, replacing what was there."""
+    fs, path = open_uri(uri)
+    if isinstance(fs, pafs.LocalFileSystem):
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        beside.write_bytes(data)
+        beside.replace(target)
+        return
+    with fs.open_output_stream(path) as stream:
+        stream.write(data)
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or object is there."""
+    fs, path = open_uri(uri)
+    return bool(fs.get_file_info(path).type == pafs.FileType.File)
+
+
+def delete(uri: str) -> None:
+    """Deletes a file or object; one that is not there is fine."""
+    fs, path = open_uri(uri)
+    if fs.get_file_info(path).type == pafs.FileType.File:
+        fs.delete_file(path)
+
+
+def list_files(uri: str, suffix: str = "", recursive: bool = False) -> list[pafs.FileInfo]:
+    """Files below a folder whose name ends with `suffix`, sorted by path; [] where the folder is absent.
+
+    Names that begin with "." or "_" are half-written or private and are left out.
+    """
+    fs, path = open_uri(uri)
+    infos = fs.get_file_info(pafs.FileSelector(path, recursive=recursive, allow_not_found=True))
+    files = [
+        i for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix) and i.base_name[0] not in "._"
+    ]
+    return sorted(files, key=lambda i: i.path)
