@@ -2,19 +2,30 @@
 
 Follows NVlabs/describe-anything (commit 153ad3d, `focal_crop`): the crop is three times the tight box, whose sides count
 as at least 48 pixels; corners are truncated toward zero and clipped to the image without re-centring; image, mask and
-their crops are each resized to S x S by PIL's bicubic filter on uint8, the mask as RGB 0/255.
+their crops are each resized to S x S by PIL's bicubic filter on uint8, the mask as 0/255.
 
-Arrays: H, W rows and columns of the image; S the model's input side; C channels.
+`aspect="pad"` is the paper's other rule: the longest side becomes S and the rest is padded with black, image and mask
+together (albumentations LongestMaxSize and PadIfNeeded). DAM's weights were trained with "stretch".
+
+Invariants:
+- the views are uint8; the network's value is (x / 255 - 0.5) / 0.5, for masks too;
+- any nonzero mask pixel counts as inside;
+- the same image, mask and size give the same bytes, whatever else is in the batch.
+
+Arrays: H, W rows and columns of the image; S the model's input side; C channels (R, G, B).
 """
 
 from __future__ import annotations
 
-from typing import Literal
+import os
+from functools import cache
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image as PilImage
 
-from meddam_core.records import Box
+from meddam_core.records import Box, Reason, RowError
 
 MIN_SIDE_PX = 48
 EXPANSION = 3
@@ -22,13 +33,136 @@ EXPANSION = 3
 Aspect = Literal["stretch", "pad"]
 
 
+def tight_box(mask_HW: NDArray[np.uint8]) -> Box:
+    """The smallest box (x0, y0, x1, y1), half-open, that holds every nonzero pixel. Raises RowError(mask_empty)."""
+    if mask_HW.ndim != 2:
+        raise ValueError(f"a mask has two axes, this one has the shape {mask_HW.shape}")
+    ys = np.flatnonzero(mask_HW.any(axis=1))
+    xs = np.flatnonzero(mask_HW.any(axis=0))
+    if not len(ys):
+        raise RowError(Reason.MASK_EMPTY, "the region's mask has no pixel")
+    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+
+
 def focal_box(mask_HW: NDArray[np.uint8]) -> Box:
     """The focal crop (x0, y0, x1, y1), half-open, around the nonzero pixels. Raises RowError(mask_empty)."""
-    raise NotImplementedError
+    height, width = mask_HW.shape
+    return expanded_box(tight_box(mask_HW), (width, height))
+
+
+def expanded_box(box: Box, size: tuple[int, int], min_side_px: int = MIN_SIDE_PX) -> Box:
+    """Three times `box` around its centre, clipped to an image of `size` (width, height), as the reference counts.
+
+    `min_side_px=48` is the reference's "focal_crop", 0 its "context_crop".
+    """
+    x0, y0, x1, y1 = box
+    side_x, side_y = max(x1 - x0, min_side_px), max(y1 - y0, min_side_px)
+    # int(), not floor: the reference truncates toward zero, so a corner left of the image moves right by up to a pixel.
+    left = int(x0 + (x1 - x0) / 2 - side_x / 2)
+    top = int(y0 + (y1 - y0) / 2 - side_y / 2)
+    before, after = (EXPANSION - 1) // 2, (EXPANSION + 1) // 2
+    return (
+        max(left - before * side_x, 0),
+        max(top - before * side_y, 0),
+        min(left + after * side_x, size[0]),
+        min(top + after * side_y, size[1]),
+    )
 
 
 def focal_views(
-    image_HWC: NDArray[np.uint8], mask_HW: NDArray[np.uint8], size: int, aspect: Aspect = "stretch"
+    image_HWC: NDArray[np.uint8],
+    mask_HW: NDArray[np.uint8],
+    size: int,
+    aspect: Aspect = "stretch",
+    full_SSC: NDArray[np.uint8] | None = None,
 ) -> NDArray[np.uint8]:
-    """(8, S, S) uint8: full R, G, B, mask, then focal R, G, B, mask. Any nonzero mask pixel counts as inside."""
-    raise NotImplementedError
+    """(8, S, S) uint8: full R, G, B, mask, then focal R, G, B, mask. Any nonzero mask pixel counts as inside.
+
+    `full_SSC` is `full_view(image_HWC, size, aspect)` where the caller has it already: an image's regions share it.
+    Raises RowError(mask_empty), or RowError(mask_size) where the mask is not of the image's size.
+    """
+    _check_image(image_HWC)
+    if mask_HW.shape != image_HWC.shape[:2]:
+        raise RowError(Reason.MASK_SIZE, f"the mask is {mask_HW.shape}, the image {image_HWC.shape[:2]} (rows, columns)")
+    x0, y0, x1, y1 = focal_box(mask_HW)
+    binary_HW = np.where(mask_HW != 0, np.uint8(255), np.uint8(0))
+    if full_SSC is None:
+        full_SSC = full_view(image_HWC, size, aspect)
+    focal_SSC, focal_mask_SS = _resized(image_HWC[y0:y1, x0:x1], binary_HW[y0:y1, x0:x1], size, aspect)
+    views = np.empty((8, size, size), np.uint8)
+    views[0:3] = full_SSC.transpose(2, 0, 1)
+    views[3] = _resized_plane(binary_HW, size, aspect)
+    views[4:7] = focal_SSC.transpose(2, 0, 1)
+    views[7] = focal_mask_SS
+    return views
+
+
+def full_view(image_HWC: NDArray[np.uint8], size: int, aspect: Aspect = "stretch") -> NDArray[np.uint8]:
+    """(S, S, 3) uint8: the whole image as DAM sees it."""
+    _check_image(image_HWC)
+    return _resized_plane(image_HWC, size, aspect)
+
+
+def region_crop(
+    image_HWC: NDArray[np.uint8], box: Box, size: int | None = None, aspect: Aspect = "pad"
+) -> NDArray[np.uint8]:
+    """The pixels inside `box`: the crop that other VLMs are given (Section 2.2 of the paper).
+
+    `box` is the region's box with its margin already added (meddam_core.regions.masks.prompt_box). With `size` the crop
+    is resized to (S, S, 3), by default keeping its aspect ratio. Raises RowError(box_empty) where nothing lies inside.
+    """
+    _check_image(image_HWC)
+    x0, y0, x1, y1 = box
+    crop_HWC = image_HWC[max(y0, 0) : max(y1, 0), max(x0, 0) : max(x1, 0)]
+    if not crop_HWC.size:
+        raise RowError(Reason.BOX_EMPTY, f"the box {box} holds no pixel of the image")
+    return crop_HWC.copy() if size is None else _resized_plane(crop_HWC, size, aspect)
+
+
+def _check_image(image_HWC: NDArray[np.uint8]) -> None:
+    # RGBA, palette and 16-bit images resize to something else in PIL; render them to RGB first.
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+        raise ValueError(f"an image is (H, W, 3) uint8, this one is {image_HWC.shape} {image_HWC.dtype}; render it first")
+
+
+def _resized(
+    image_HWC: NDArray[np.uint8], mask_HW: NDArray[np.uint8], size: int, aspect: Aspect
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Image and mask, each (S, S)."""
+    if aspect == "pad":
+        both = _letterbox(size)(image=np.ascontiguousarray(image_HWC), mask=np.ascontiguousarray(mask_HW))
+        return both["image"], both["mask"]
+    return _resized_plane(image_HWC, size, aspect), _resized_plane(mask_HW, size, aspect)
+
+
+def _resized_plane(plane: NDArray[np.uint8], size: int, aspect: Aspect) -> NDArray[np.uint8]:
+    if aspect == "pad":
+        if plane.ndim == 3:
+            padded: NDArray[np.uint8] = _letterbox(size)(image=np.ascontiguousarray(plane))["image"]
+            return padded
+        blank_HWC = np.zeros((*plane.shape, 3), np.uint8)
+        padded = _letterbox(size)(image=blank_HWC, mask=np.ascontiguousarray(plane))["mask"]
+        return padded
+    if aspect != "stretch":
+        raise ValueError(f"aspect is {aspect!r}; use 'stretch' or 'pad'")
+    return np.asarray(PilImage.fromarray(plane).resize((size, size), PilImage.Resampling.BICUBIC))
+
+
+@cache
+def _letterbox(size: int) -> Any:
+    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the package index for a newer version
+    import albumentations as A
+    import cv2
+
+    cv2.setNumThreads(0)  # one process a core already; OpenCV's own threads would fight them
+    return A.Compose(
+        [
+            A.LongestMaxSize(
+                max_size=size,
+                interpolation=cv2.INTER_CUBIC,
+                mask_interpolation=cv2.INTER_LINEAR,
+                area_for_downscale="image_mask",
+            ),
+            A.PadIfNeeded(min_height=size, min_width=size, border_mode=cv2.BORDER_CONSTANT, fill=0, fill_mask=0),
+        ]
+    )
