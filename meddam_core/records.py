@@ -118,7 +118,7 @@ class RowError(ValueError):
 
 
 Egress = Literal["deny", "zero-retention", "open"]
-"""Where pixels and captions of a dataset may go: nowhere outside the cluster, to endpoints that keep nothing, anywhere."""
+"""Where pixels and captions may go: nowhere outside the cluster, to endpoints that keep nothing, anywhere."""
 RegionSource = Literal["annotation", "consensus", "detected", "prompted"]
 FinishReason = Literal["stop", "length", "cancelled", "error"]
 
@@ -199,7 +199,7 @@ class Image:
     modality: str = "OT"
     """DICOM modality code; XC for photographs."""
     image: EncodedImage
-    """Lossless PNG: 8-bit RGB or grey, or 16-bit grey of stored values (signed ones shifted into range by `rescale`)."""
+    """Lossless PNG: 8-bit RGB or grey, or 16-bit grey of stored values (signed ones shifted, `rescale` undoes it)."""
     preview: EncodedImage
     """Small JPEG of the default rendering, for people."""
     frames: list[EncodedImage] | None = None
@@ -219,7 +219,7 @@ class Image:
     pixel_spacing_mm: list[float] | None = None
     """(row, column) spacing; None if the header gives none that can be trusted."""
     orientation: str | None = None
-    """Patient directions of image columns and rows, as in DICOM PatientOrientation: "L\\\\P" for a standard axial slice."""
+    """Patient directions of columns and rows, as in DICOM PatientOrientation: "L\\\\P" for a standard axial slice."""
     burned_in_annotation: bool | None = None
     regions: list[Region] = field(default_factory=list)
     licence: str = "unknown"
@@ -312,8 +312,14 @@ class Caption:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arrow
 
-_LARGE = {(EncodedImage, "bytes"): pa.large_binary(), (Image, "frames"): pa.large_list}
-_FLOAT32 = {(Region, "confidence"), (Label, "trust"), (RegionCaption, "mean_logprob"), (Caption, "confidence")}
+_LARGE_LISTS = {(Image, "frames")}
+_FLOAT32 = {
+    (Region, "confidence"),
+    (Label, "trust"),
+    (RegionCaption, "mean_logprob"),
+    (Caption, "mean_logprob"),
+    (Caption, "confidence"),
+}
 _INT32 = {"frame", "width", "height", "stored_bits", "sample", "num_tokens", "attempt"}
 
 
@@ -336,12 +342,13 @@ def _field(record: type, name: str, hint: Any) -> pa.Field:
     optional = type(None) in typing.get_args(hint)
     if optional:
         (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
-    kind = _LARGE.get((record, name))
-    if kind is pa.large_list:
+    if (record, name) in _LARGE_LISTS:
         return pa.field(name, pa.large_list(_arrow_type(typing.get_args(hint)[0])))
-    if kind is None:
-        kind = pa.float32() if (record, name) in _FLOAT32 else pa.int32() if hint is int and name in _INT32 else _arrow_type(hint)
-    return pa.field(name, kind)
+    if (record, name) in _FLOAT32:
+        return pa.field(name, pa.float32())
+    if hint is int and name in _INT32:
+        return pa.field(name, pa.int32())
+    return pa.field(name, _arrow_type(hint))
 
 
 def _arrow_type(hint: Any) -> pa.DataType:

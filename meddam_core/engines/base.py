@@ -111,7 +111,7 @@ class Engine(Protocol):
         ...
 
     def step(self) -> list[Result]:
-        """One scheduling step; returns the requests that finished in it, [] when more steps are needed or none is queued."""
+        """One scheduling step; returns the requests that finished in it: [] when more are needed or none is queued."""
         ...
 
     @property
