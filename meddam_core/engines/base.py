@@ -20,6 +20,13 @@ from numpy.typing import NDArray
 from meddam_core.records import FinishReason, Reason
 
 
+class EngineDied(RuntimeError):
+    """The process can compute no more: its CUDA context is lost, or the engine's state cannot be trusted.
+
+    Nothing in this process helps. A Ray actor lets its process end, so that Ray replaces it and does the rows again.
+    """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy. Raises ValueError for values outside their range."""
