@@ -1,8 +1,8 @@
 """Image + region -> the 8-channel input of DAM: the full view and the focal crop, each RGB and mask.
 
-Follows NVlabs/describe-anything (commit 153ad3d, `focal_crop`): the crop is three times the tight box, whose sides count
-as at least 48 pixels; corners are truncated toward zero and clipped to the image without re-centring; image, mask and
-their crops are each resized to S x S by PIL's bicubic filter on uint8, the mask as 0/255.
+Follows NVlabs/describe-anything (commit 153ad3d, `focal_crop`): the crop is three times the tight box, whose sides
+count as at least 48 pixels; corners are truncated toward zero and clipped to the image without re-centring; image,
+mask and their crops are each resized to S x S by PIL's bicubic filter on uint8, the mask as 0/255.
 
 `aspect="pad"` is the paper's other rule: the longest side becomes S and the rest is padded with black, image and mask
 together (albumentations LongestMaxSize and PadIfNeeded). DAM's weights were trained with "stretch".
@@ -26,22 +26,12 @@ from numpy.typing import NDArray
 from PIL import Image as PilImage
 
 from meddam_core.records import Box, Reason, RowError
+from meddam_core.regions.geometry import tight_box
 
 MIN_SIDE_PX = 48
 EXPANSION = 3
 
 Aspect = Literal["stretch", "pad"]
-
-
-def tight_box(mask_HW: NDArray[np.uint8]) -> Box:
-    """The smallest box (x0, y0, x1, y1), half-open, that holds every nonzero pixel. Raises RowError(mask_empty)."""
-    if mask_HW.ndim != 2:
-        raise ValueError(f"a mask has two axes, this one has the shape {mask_HW.shape}")
-    ys = np.flatnonzero(mask_HW.any(axis=1))
-    xs = np.flatnonzero(mask_HW.any(axis=0))
-    if not len(ys):
-        raise RowError(Reason.MASK_EMPTY, "the region's mask has no pixel")
-    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
 
 
 def focal_box(mask_HW: NDArray[np.uint8]) -> Box:
@@ -83,7 +73,9 @@ def focal_views(
     """
     _check_image(image_HWC)
     if mask_HW.shape != image_HWC.shape[:2]:
-        raise RowError(Reason.MASK_SIZE, f"the mask is {mask_HW.shape}, the image {image_HWC.shape[:2]} (rows, columns)")
+        raise RowError(
+            Reason.MASK_SIZE, f"the mask is {mask_HW.shape}, the image {image_HWC.shape[:2]} (rows, columns)"
+        )
     x0, y0, x1, y1 = focal_box(mask_HW)
     binary_HW = np.where(mask_HW != 0, np.uint8(255), np.uint8(0))
     if full_SSC is None:
@@ -122,7 +114,9 @@ def region_crop(
 def _check_image(image_HWC: NDArray[np.uint8]) -> None:
     # RGBA, palette and 16-bit images resize to something else in PIL; render them to RGB first.
     if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
-        raise ValueError(f"an image is (H, W, 3) uint8, this one is {image_HWC.shape} {image_HWC.dtype}; render it first")
+        raise ValueError(
+            f"an image is (H, W, 3) uint8, this one is {image_HWC.shape} {image_HWC.dtype}; render it first"
+        )
 
 
 def _resized(

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meddam_core.focal import expanded_box, focal_box, focal_views, full_view, region_crop, tight_box
+from meddam_core.focal import expanded_box, focal_box, focal_views, full_view, region_crop
 from meddam_core.records import Reason, RowError
+from meddam_core.regions.geometry import tight_box
 
 ORACLE = Path(__file__).parents[1] / "data" / "oracle"
 CASES = sorted((ORACLE / "dam_tiny" / "cases").glob("*.npz"))
