@@ -151,6 +151,22 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Lut:
+    """Stored value -> table entry, where a header has a table, not a rescale or window (DICOM PS3.3 C.11.1, C.11.2).
+
+    Values below `first` take the first entry, values beyond the last one the last.
+    """
+
+    first: int
+    """The stored value of the first entry."""
+    bits: int
+    """Entries are below 2 ** bits."""
+    values: list[int]
+    stage: Literal["physical", "display"]
+    """What an entry is: a physical value, still to be windowed, or a display value."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Rle:
     """A mask as compressed COCO run lengths: column-major, `size` is (height, width)."""
 
@@ -210,6 +226,8 @@ class Image:
     stored_bits: int = 8
     rescale: Rescale | None = None
     window: Window | None = None
+    lut: Lut | None = None
+    """A table of the header that takes the place of `rescale` (stage physical) or of both (stage display)."""
     photometric: str = "RGB"
     """RGB, MONOCHROME1 or MONOCHROME2, of the stored pixels."""
     padding: list[int] | None = None
