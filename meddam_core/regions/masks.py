@@ -135,8 +135,8 @@ def mask_of_png(data: bytes, size: tuple[int, int]) -> NDArray[np.uint8]:
         ) from error
     if pixels.ndim == 3 and picture.mode in ("LA", "RGBA", "PA"):
         pixels = np.where(pixels[..., -1:] > 0, pixels[..., :-1], 0)
-    inside_HW = (pixels.any(axis=-1) if pixels.ndim == 3 else pixels != 0).astype(np.uint8)
-    return checked_mask(inside_HW, size)
+    inside_HW = np.asarray(pixels.any(axis=-1) if pixels.ndim == 3 else pixels, dtype=bool)
+    return checked_mask(inside_HW.astype(np.uint8), size)
 
 
 def checked_mask(mask_HW: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
