@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import os
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 
-SCHEMES = ("s3", "file", "")
+REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ACCESS_DENIED", "Forbidden", "403")
 
 
 class StorageError(ValueError):
@@ -107,3 +108,60 @@ def list_files(uri: str, suffix: str = "", recursive: bool = False) -> list[pafs
         i for i in infos if i.type == pafs.FileType.File and i.path.endswith(suffix) and i.base_name[0] not in "._"
     ]
     return sorted(files, key=lambda i: i.path)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObjectInfo:
+    """A file or object, with a tag that changes when its content does."""
+
+    uri: str
+    size: int
+    etag: str
+
+
+def list_objects(uri: str, suffix: str = "") -> list[ObjectInfo]:
+    """Objects below a prefix whose name ends with `suffix`, sorted by URI, with tags that change with their content.
+
+    Raises StorageError when the bucket is absent or the credentials are refused.
+    """
+    if not is_s3(uri):
+        return [
+            ObjectInfo(uri=info.path, size=info.size, etag=f"{info.size}-{info.mtime_ns}")
+            for info in list_files(uri, suffix, recursive=True)
+        ]
+    import boto3
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    pages = boto3.client("s3", endpoint_url=s3_endpoint()).get_paginator("list_objects_v2")
+    try:
+        found = [o for page in pages.paginate(Bucket=bucket, Prefix=prefix) for o in page.get("Contents", [])]
+    except (BotoCoreError, ClientError) as error:
+        raise StorageError(explain(uri, error)) from error
+    names = [o for o in found if o["Key"].endswith(suffix) and o["Key"].rsplit("/", 1)[-1][0] not in "._"]
+    return [ObjectInfo(uri=f"s3://{bucket}/{o['Key']}", size=o["Size"], etag=o["ETag"].strip('"')) for o in names]
+
+
+def explain(uri: str, error: Exception) -> str:
+    """What went wrong with a bucket, and what to do, in one sentence. Understands boto3's and pyarrow's errors."""
+    text = str(error)
+    where = f"{uri} (endpoint {s3_endpoint() or 'AWS'})"
+    if "NoSuchBucket" in text or "NoSuchBucket" in type(error).__name__ or "Not Found" in text:
+        return f"{where}: the bucket does not exist; check its name, or AWS_ENDPOINT_URL if it is not on AWS"
+    if any(code in text for code in REFUSALS):
+        return f"{where}: access was refused; check the credentials and that they may list, read and write there"
+    if "credentials" in text.lower():
+        return f"{where}: no credentials were found; set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if "connect" in text.lower() or "resolve" in text.lower():
+        return f"{where}: the endpoint does not answer; check AWS_ENDPOINT_URL and the network"
+    return f"{where}: {type(error).__name__}"
+
+
+def check_writable(uri: str) -> None:
+    """Puts and deletes a small object. Raises StorageError where that fails."""
+    probe = join(uri, f".probe-{uuid.uuid4().hex}")
+    try:
+        write_bytes(probe, b"")
+        delete(probe)
+    except OSError as error:
+        raise StorageError(f"cannot write to {explain(uri, error)}") from error

@@ -1,0 +1,227 @@
+"""Describe every region of every image: shards in, a published table of captions out.
+
+    meddam caption s3://bucket/vindr --out s3://bucket/runs/one --model /weights/DAM-3B
+    ray job submit --working-dir . --runtime-env runtime_env.yaml -- python -m ray_jobs.caption SHARDS --out RUN ...
+
+Run the same command again after any failure: it goes on where it stopped. Exit codes: see ray_jobs.summary.
+
+Invariants:
+- one image row from read to write; captions stay nested, because Ray's resume counts an id as done with its first row;
+- published captions = regions x prompts x samples, exactly once; failures are rows with reasons;
+- the driver holds ids and counts, never rows.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meddam_core import storage
+from meddam_core.engines.base import Sampling
+from ray_jobs.actors import DescribeRegions, ExtractRegions
+from ray_jobs.audit import audit
+from ray_jobs.captioners import CaptionerSpec, resolve
+from ray_jobs.lease import Lease
+from ray_jobs.monitor import start_monitor
+from ray_jobs.plan import Plan, finish_summary, open_run
+from ray_jobs.progress import progress, speed_line
+from ray_jobs.publish import publish
+from ray_jobs.run_directory import SUMMARY, RunDirectory
+from ray_jobs.session import Shares, session, share_cpus
+from ray_jobs.summary import Summary
+
+logger = logging.getLogger(__name__)
+
+BLOCK_BYTES = 32 << 20
+"""Small blocks up to the captioner, so that all captioners start at once and end together."""
+MAX_PASSES = 3
+
+
+class Config(BaseModel):
+    """What `meddam caption` does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Folders of image shards (or single .parquet files), on S3 or disk."""
+    out: str
+    """The run directory, on S3 or disk. Run again with the same to resume."""
+    model: str
+    """DAM checkpoint folder, in the official layout."""
+    prompts: tuple[str, ...] = ("meddam-v1",)
+    """Prompt ids (see `meddam_core.prompts`) or text files; every region is described once for each."""
+    num_samples: int = Field(1, ge=1)
+    """Captions a region and prompt; more than one needs a temperature above 0."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest caption, tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of the distribution to sample from."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k likeliest tokens; 0 is off."""
+    seed: int = 0
+    """With the caption's identity it gives the caption's own random stream."""
+    aspect: str | None = Field(None, pattern="^(stretch|pad)$")
+    """How a view is brought to a square; by default the recipe's choice."""
+    margin: float | None = Field(None, ge=0, le=2)
+    """Share of a box's width and height added on each side; by default the recipe's."""
+    window: str | None = None
+    """Window preset for all images; by default the recipe's."""
+    engine: str = "auto"
+    """auto, torch, mii, or module:Class of your own."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    slots: int | None = Field(None, ge=1)
+    """Captions an engine decodes at once; by default the engine's choice."""
+    num_captioners: int | None = Field(None, ge=1)
+    """Actors that hold the model: by default one a GPU of the cluster, or one."""
+    num_extractors: int | None = Field(None, ge=1)
+    """Most actors that prepare images; by default what the CPUs allow."""
+    images_per_batch: int = Field(16, ge=1)
+    """Images a captioner is handed at once."""
+    images_per_file: int = Field(1000, ge=1)
+    """Images a part file; also how much work a killed driver can lose."""
+    max_failed_share: float = Field(0.2, gt=0, le=1)
+    """Stop when more than this share of the images fails."""
+    canary_images: int = Field(8, ge=1)
+    """Stop when the first so many images all fail."""
+    num_cpus: int | None = Field(None, ge=2)
+    """CPUs of a Ray session started on this machine."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The captions' sampling, without their own seeds."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
+            seed=self.seed,
+        )  # fmt: skip
+
+
+def run(cfg: Config, retry: bool = False) -> Summary:
+    """Captions what is not captioned yet, audits and publishes.
+
+    Args:
+        cfg: what to do.
+        retry: caption the failed images of a published run again, as a further attempt.
+
+    Raises ValueError or StorageError for a configuration that cannot work, before any work; LeaseHeld where another
+    driver is at it.
+    """
+    started = time.monotonic()
+    directory = RunDirectory(cfg.out)
+    storage.check_writable(directory.uri)
+    with Lease(directory.uri, on_lost=_give_way):
+        plan = open_run(cfg, directory, retry)
+        if plan.finished is not None:
+            return plan.finished
+        with session(cfg.num_cpus):
+            spec = resolve(cfg, plan)
+            monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)
+            stopped = None
+            for _ in range(MAX_PASSES):  # the second finds nothing left, unless files went missing under the first
+                if stopped is not None or not plan.begin(spec):
+                    break
+                stopped = _caption(cfg, plan, spec, monitor)
+            return _publish(plan, monitor, stopped, started)
+
+
+def _caption(cfg: Config, plan: Plan, spec: CaptionerSpec, monitor: Any) -> str | None:
+    """One pass over what is missing. Returns why it was stopped, or None."""
+    import ray
+
+    shares = share_cpus(spec.num_captioners, cfg.num_extractors)
+    with progress(lambda: ray.get(monitor.totals.remote()), plan.num_images_left, plan.num_regions_left):
+        try:
+            images = read_shards(plan, shares)  # streams from S3; finished shards are not read again
+            regions = images.map_batches(  # 1:1  CPU actors: decode, window, margin, focal crops -> uint8
+                ExtractRegions, fn_constructor_args=(plan.rules, monitor), batch_size=4, batch_format="pyarrow",
+                num_cpus=shares.extract, compute=ray.data.ActorPoolStrategy(min_size=1, max_size=shares.max_extractors),
+            )  # fmt: skip
+            captions = regions.map_batches(  # 1:1  GPU actors: batched DAM; two calls in flight each share its batches
+                DescribeRegions, fn_constructor_args=(spec, plan.rules.size, monitor, plan.attempt, plan.model_name),
+                batch_size=cfg.images_per_batch, batch_format="pyarrow", num_cpus=shares.describe,
+                num_gpus=spec.gpus_each, compute=ray.data.ActorPoolStrategy(
+                    size=spec.num_captioners, max_concurrent_calls_per_actor=2, max_tasks_in_flight_per_actor=4,
+                    enable_true_multi_threading=True,
+                ),
+            )  # fmt: skip
+            captions.write_parquet(  # two-phase commit of files and of the ids in them
+                plan.directory.path("parts", f"attempt={plan.attempt}"), filesystem=plan.directory.filesystem,
+                min_rows_per_file=cfg.images_per_file, ray_remote_args={"num_cpus": shares.write},
+            )  # fmt: skip
+        except Exception:  # the breaker raises in an actor and Ray wraps that; anything else goes on up
+            stop: str | None = ray.get(monitor.totals.remote()).stop
+            if stop is None:
+                raise
+            return stop
+    return None
+
+
+def read_shards(plan: Plan, shares: Shares) -> Any:
+    """The images that have no part row yet, as a Ray dataset; shards that are done are left out by path."""
+    import ray
+    from ray.data.checkpoint import CheckpointConfig
+
+    context = ray.data.DataContext.get_current()
+    context.use_datasource_v2 = False  # 2.60's new reader puts 20 small files into one block, for one actor
+    context.target_max_block_size = BLOCK_BYTES
+    context.checkpoint_config = CheckpointConfig(
+        id_column="image_id", checkpoint_path=plan.directory.path("checkpoint", f"attempt={plan.attempt}"),
+        override_filesystem=plan.directory.filesystem, delete_checkpoint_on_success=False,
+    )  # fmt: skip
+    filesystem, _ = storage.open_uri(plan.unfinished[0].uri)
+    images = ray.data.read_parquet(
+        [storage.open_uri(s.uri)[1] for s in plan.unfinished], filesystem=filesystem, partitioning=None,
+        num_cpus=shares.read,
+    )  # fmt: skip
+    if plan.only is not None:  # an attempt beyond the first: only what failed
+        images = images.map_batches(functools.partial(_only, ids=ray.put(plan.only)), batch_format="pyarrow")
+    return images
+
+
+def _only(batch: Any, ids: Any) -> Any:
+    import numpy as np
+    import pyarrow as pa
+    import ray
+
+    return batch.filter(pa.array(np.isin(batch["image_id"].to_numpy(), ray.get(ids))))
+
+
+def _publish(plan: Plan, monitor: Any, stopped: str | None, started: float) -> Summary:
+    """Writes the flat table from the parts, audits it, and announces it when nothing is missing or twice."""
+    import ray
+
+    totals = ray.get(monitor.totals.remote())
+    plan.refresh()
+    if stopped is not None or plan.num_images_left:
+        return finish_summary(plan, totals, None, None, stopped, started)
+    generation = publish(plan.directory)
+    found = audit(plan.directory, generation.files)
+    summary = finish_summary(plan, totals, generation, found, None, started)
+    if found.clean:
+        plan.directory.write_json(summary.model_dump(mode="json"), SUMMARY)
+        plan.clear_checkpoint()
+    logger.info(speed_line(totals))
+    return summary
+
+
+def _give_way() -> None:
+    """Another driver has taken the run over: end at once, before two of them write."""
+    sys.stderr.write("meddam: lost the lease of the run directory to another driver; stopping\n")
+    sys.stderr.flush()
+    os._exit(5)
+
+
+if __name__ == "__main__":
+    from ray_jobs.cli import main
+
+    main(["caption", *sys.argv[1:]])

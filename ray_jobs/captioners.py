@@ -1,0 +1,88 @@
+"""Who makes the captions of a run: engine, device and number of actors, decided once by the driver for all of them."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from meddam_core.captioner import Captioner
+from meddam_core.engines.base import Sampling
+from meddam_core.prompts import Prompt
+
+if TYPE_CHECKING:
+    from ray_jobs.caption import Config
+    from ray_jobs.plan import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CaptionerSpec:
+    """How an actor builds its Captioner: call it in the actor's process."""
+
+    model: str
+    engine: str
+    kernels: str
+    """What the driver's probe of the engine found; an actor that ends up with other kernels refuses to work."""
+    device: str
+    dtype: str
+    slots: int | None
+    num_threads: int | None
+    prompts: tuple[Prompt, ...]
+    sampling: Sampling
+    num_samples: int
+    num_captioners: int
+    gpus_each: float
+
+    def __call__(self) -> Captioner:
+        from meddam_core.captioner import load_captioner
+
+        captioner = load_captioner(
+            self.model, engine=self.engine, device=self.device, dtype=self.dtype, slots=self.slots,
+            num_threads=self.num_threads, prompts=self.prompts, sampling=self.sampling, num_samples=self.num_samples,
+        )  # fmt: skip
+        found = captioner.loop.engine
+        if found.kernels != self.kernels:
+            raise RuntimeError(
+                f"this worker runs {self.engine} with {found.kernels} kernels, the run uses {self.kernels}: the nodes "
+                "differ; give --engine torch, or captioners on one kind of node"
+            )
+        return captioner
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """What goes into the fingerprint."""
+        return {"engine": self.engine, "kernels": self.kernels, "dtype": self.dtype}
+
+
+def resolve(cfg: Config, plan: Plan) -> CaptionerSpec:
+    """Chooses device, dtype, engine and kernels for the whole run, on the node kind that will do the work.
+
+    A run that has begun keeps its first choice where the configuration says "auto". Needs Ray.
+    Raises ValueError where the cluster cannot provide what was asked for.
+    """
+    import ray
+
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    device = ("cuda" if gpus else "cpu") if cfg.device == "auto" else cfg.device
+    if device == "cuda" and not gpus:
+        raise ValueError("--device cuda was asked for, but the Ray cluster has no GPU; leave it out to use the CPUs")
+    begun = plan.begun_engine or {}
+    dtype = cfg.dtype if cfg.dtype != "auto" else begun.get("dtype") or ("bfloat16" if device == "cuda" else "float32")
+    engine = cfg.engine if cfg.engine != "auto" else begun.get("engine", "auto")
+    num_captioners = cfg.num_captioners or max(1, gpus if device == "cuda" else 1)
+    gpus_each = min(1.0, gpus / num_captioners) if device == "cuda" else 0.0
+    num_threads = None if device == "cuda" else max(1, (os.cpu_count() or 1) // num_captioners)
+    probe = ray.remote(_probe).options(num_cpus=0.25, num_gpus=gpus_each, max_retries=0)
+    engine, kernels = ray.get(probe.remote(engine, cfg.model, device, dtype))
+    return CaptionerSpec(
+        model=cfg.model, engine=engine, kernels=kernels, device=device, dtype=dtype, slots=cfg.slots,
+        num_threads=num_threads, prompts=plan.prompts, sampling=cfg.sampling, num_samples=cfg.num_samples,
+        num_captioners=num_captioners, gpus_each=gpus_each,
+    )  # fmt: skip
+
+
+def _probe(engine: str, model: str, device: str, dtype: str) -> tuple[str, str]:
+    from meddam_core.engines import resolve_engine
+
+    chosen: Any = resolve_engine(engine, model, device=device, dtype=dtype)
+    return chosen.name, chosen.kernels

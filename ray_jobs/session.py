@@ -1,0 +1,95 @@
+"""Joining a Ray cluster, or starting one on this machine, and sharing its CPUs out between the stages of a job."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+MIN_CPUS = 2
+"""Ray's checkpoint filter takes a whole CPU when a run resumes; a session of one CPU would wait for it for ever."""
+
+
+@contextmanager
+def session(num_cpus: int | None = None, object_store_bytes: int | None = None) -> Iterator[None]:
+    """A Ray session for the length of a job.
+
+    Inside `ray job submit`, or with RAY_ADDRESS set, it joins that cluster. Otherwise it starts one on this machine,
+    never joining a stranger's that happens to run here, and ends it at the end.
+
+    Args:
+        num_cpus: CPUs of a session started here; by default those of the machine.
+        object_store_bytes: its object store; by default Ray's choice.
+    """
+    import ray
+
+    quiet = os.environ.get("MEDDAM_RAY_LOGS") is None
+    common: dict[str, Any] = {
+        "log_to_driver": not quiet, "logging_level": logging.ERROR if quiet else logging.INFO, "namespace": "meddam"
+    }  # fmt: skip
+    if ray.is_initialized():
+        yield
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(address="auto", **common)
+    else:
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray leaves a token in the user's home
+        ray.init(
+            address="local", num_cpus=max(MIN_CPUS, num_cpus or os.cpu_count() or 1), include_dashboard=False,
+            object_store_memory=object_store_bytes, **common,
+        )  # fmt: skip
+    _quiet_ray_data(quiet)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet_ray_data(quiet: bool) -> None:
+    """Our own progress line stands instead of Ray Data's bars, which print one a stage."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    if quiet:
+        for name in ("ray.data", "ray"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shares:
+    """CPUs for each stage of a job. They are logical: they say what runs beside what, threads are set elsewhere."""
+
+    read: float
+    extract: float
+    describe: float
+    write: float
+    max_extractors: int
+
+
+def share_cpus(num_captioners: int, num_extractors: int | None = None) -> Shares:
+    """Splits the cluster's CPUs so that reading, Ray's checkpoint filter and writing always find room.
+
+    With two CPUs a resume once hung at "2.3/2 CPU": the filter (a CPU an actor) could not start beside the others.
+    Raises ValueError where the cluster has fewer than two.
+    """
+    import ray
+
+    cpus = ray.cluster_resources().get("CPU", 0.0)
+    if cpus < MIN_CPUS:
+        raise ValueError(f"the Ray cluster has {cpus:g} CPUs; captioning needs at least {MIN_CPUS}")
+    small = 0.25 if cpus < 8 else 0.5
+    describe = min(small, (cpus - 1) / (4 * num_captioners))
+    free = cpus - 1 - num_captioners * describe - 2 * small
+    extract = 1.0 if free >= 4 else small
+    room = max(1, int(free / extract)) if free > 0 else 1
+    if free < extract:
+        extract = max(0.05, free / room)
+    return Shares(
+        read=small, extract=round(extract, 2), describe=round(describe, 2), write=small,
+        max_extractors=min(room, num_extractors or room),
+    )  # fmt: skip
