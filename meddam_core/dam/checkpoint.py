@@ -49,7 +49,9 @@ def load_dam(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
     sources = {name: WeightFiles(parts[name]) for name in COMPONENTS}
     problems = [p for name in COMPONENTS for p in _mismatches(name, dam, sources[name])]
     if problems:
-        raise ValueError(f"{folder}: the weights do not fit the configuration:" + "".join(f"\n  - {p}" for p in problems))
+        raise ValueError(
+            f"{folder}: the weights do not fit the configuration:" + "".join(f"\n  - {p}" for p in problems)
+        )
     for name in COMPONENTS:
         _fill(dam.get_submodule(name), sources[name].tensors(), torch.device(device), dtype)
     dam.llm.tie_weights()
@@ -140,7 +142,7 @@ def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torc
 
 
 def _random(name: str, shape: torch.Size, generator: torch.Generator, zero_gates: bool) -> Tensor:
-    noise = torch.randn(shape, generator=generator, device=generator.device)
+    noise: Tensor = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("_factor"):
         return torch.zeros(shape) if zero_gates else 0.5 * noise
     if len(shape) == 1:
@@ -150,4 +152,4 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator, zero_gates
         return noise
     spread = 3.0 if name == "lm_head.weight" else 1.0
     fan_in = shape[1:].numel()
-    return noise * (spread / fan_in**0.5)
+    return noise.mul_(spread / fan_in**0.5)

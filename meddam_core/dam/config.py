@@ -11,7 +11,7 @@ Layout (NVlabs/describe-anything, commit 153ad3d):
 Rules:
 - JSON only: importing this file loads neither torch nor transformers.
 - Never guess silently. Every key is either read, checked against the one value that is implemented, or on the list of
-  keys that the reference's inference code never reads. Anything else stops the load with one error that lists all of it.
+  keys that the reference's inference code never reads. Anything else stops the load with one error that lists it all.
 - A key that is absent takes the default of the reference's configuration class.
 """
 
@@ -23,37 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-COMPONENTS = ("llm", "vision_tower", "mm_projector", "context_provider")
+from meddam_core.dam import unread_keys as unread
 
-# Keys that Hugging Face configuration classes write and that have no effect on the forward pass at inference.
-_HOUSEKEEPING = frozenset(
-    """_name_or_path _commit_hash _from_model_config auto_map transformers_version torch_dtype dtype return_dict
-    output_hidden_states output_attentions torchscript use_bfloat16 pruned_heads is_encoder_decoder is_decoder
-    cross_attention_hidden_size add_cross_attention tie_encoder_decoder chunk_size_feed_forward task_specific_params
-    problem_type finetuning_task id2label label2id tokenizer_class prefix initializer_range initializer_factor
-    use_cache max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature
-    top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size
-    bad_words_ids num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id
-    remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens sep_token_id
-    decoder_start_token_id tf_legacy_loss""".split()
-)
-_ROOT_UNREAD = frozenset(
-    """hidden_size mm_hidden_size interpolate_mode vision_resolution num_video_frames s2 s2_scales s2_max_split_size
-    mm_use_im_start_end mm_use_im_patch_token resume_path model_dtype mm_projector_type mm_vision_tower
-    drop_path_rate fps time_token_format time_token_ids soft_ce_std image_encoder video_encoder
-    tokenizer_padding_side tokenizer_model_max_length""".split()
-)
-_LLM_UNREAD = frozenset(
-    "model_max_length tokenizer_padding_side pretraining_tp attention_dropout bos_token_id pad_token_id".split()
-)
-_CONTEXT_UNREAD = frozenset(
-    """num_channels num_mask_channels image_size attention_dropout residual_dropout crop_position_single_embedding
-    trainable_crop_position_embedding crop_embedding_mode""".split()
-)
-_PREPROCESSOR_UNREAD = frozenset(
-    # The reference resizes with PIL before the processor does, so the processor's own filter never acts.
-    "do_convert_rgb do_resize resample image_processor_type processor_class feature_extractor_type".split()
-)
+COMPONENTS = ("llm", "vision_tower", "mm_projector", "context_provider")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -208,7 +180,9 @@ def parse_config(files: Mapping[str, Mapping[str, Any]], origin: str = "the chec
     """The configuration from its JSON documents, keyed by path relative to the checkpoint folder."""
     problems: list[str] = []
     select_layer = _read_root(_Keys(files["config.json"], "config.json", problems))
-    llm = _read_llm(_Keys(files["llm/config.json"], "llm/config.json", problems), files.get("llm/generation_config.json", {}))
+    llm = _read_llm(
+        _Keys(files["llm/config.json"], "llm/config.json", problems), files.get("llm/generation_config.json", {})
+    )
     vision = _read_vision(_Keys(files["vision_tower/config.json"], "vision_tower/config.json", problems))
     name = "vision_tower/preprocessor_config.json"
     view = _read_view(_Keys(files[name], name, problems))
@@ -217,7 +191,7 @@ def parse_config(files: Mapping[str, Mapping[str, Any]], origin: str = "the chec
     projector = _Keys(files["mm_projector/config.json"], "mm_projector/config.json", problems)
     projector.must_be("mm_projector_type", "mlp_downsample", default=None)
     projector.must_be("model_type", "v2l_projector", default="v2l_projector")
-    projector.finish({"architectures"})
+    projector.finish(unread.PROJECTOR)
     config = DamConfig(llm=llm, vision=vision, context=context, view=view, select_layer=select_layer, files=dict(files))
     problems += _inconsistent(config)
     _raise(origin, problems)
@@ -227,7 +201,9 @@ def parse_config(files: Mapping[str, Mapping[str, Any]], origin: str = "the chec
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object from a file. Raises ValueError that names the file if it is missing or something else."""
     if not path.is_file():
-        raise ValueError(f"{path} is missing: this is not a DAM checkpoint folder (config.json, llm/, vision_tower/, ...)")
+        raise ValueError(
+            f"{path} is missing: this is not a DAM checkpoint folder (config.json, llm/, vision_tower/, ...)"
+        )
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -272,9 +248,9 @@ class _Keys:
             state = f"is {value!r}" if key in self.values else f"is missing, which means {default!r}"
             self.problems.append(f"{self.file}: {key} {state}; implemented: {', '.join(map(repr, allowed))}")
 
-    def finish(self, unread: set[str] | frozenset[str], also: Callable[[str], bool] = lambda key: False) -> None:
+    def finish(self, ignored: frozenset[str], also: Callable[[str], bool] = lambda key: False) -> None:
         """Every key that nobody asked for and that is not known to be unread is a problem."""
-        for key in sorted(set(self.values) - self.seen - unread - _HOUSEKEEPING):
+        for key in sorted(set(self.values) - self.seen - ignored - unread.HOUSEKEEPING):
             if not also(key):
                 self.problems.append(
                     f"{self.file}: {key} = {_short(self.values[key])} is not a key this implementation knows; "
@@ -293,9 +269,9 @@ def _read_root(keys: _Keys) -> int:
     keys.must_be("image_aspect_ratio", "resize", default=None)
     keys.must_be("mm_vision_select_feature", "cls_patch", default="patch")
     keys.must_be("mask_encoder_cfg", None, default=None)
-    select_layer = keys.take("mm_vision_select_layer", int, -2)
+    select_layer = keys.take("mm_vision_select_layer", int)
     keys.seen.update(f"{name}_cfg" for name in COMPONENTS)
-    keys.finish(_ROOT_UNREAD, also=lambda key: key.startswith("tune_") or key.endswith("_lr"))
+    keys.finish(unread.ROOT, also=lambda key: key.startswith("tune_") or key.endswith("_lr"))
     return int(select_layer)
 
 
@@ -323,11 +299,13 @@ def _read_llm(keys: _Keys, generation: Mapping[str, Any]) -> LlmConfig:
         rope_theta=_read_rope(keys),
         tie_word_embeddings=keys.take("tie_word_embeddings", bool, False),
         max_position_embeddings=keys.take("max_position_embeddings", int, 2048, at_least=1),
-        tokenizer_model_max_length=None if longest is None else keys.take("tokenizer_model_max_length", int, at_least=1),
+        tokenizer_model_max_length=None
+        if longest is None
+        else keys.take("tokenizer_model_max_length", int, at_least=1),
         eos_token_ids=_eos_ids(generation.get("eos_token_id", keys.values.get("eos_token_id", 2))),
     )
     keys.seen.add("eos_token_id")
-    keys.finish(_LLM_UNREAD)
+    keys.finish(unread.LLM)
     return config
 
 
@@ -339,7 +317,9 @@ def _read_rope(keys: _Keys) -> float:
         kind = scaling.get("rope_type", scaling.get("type", "default"))
         extra = {k: v for k, v in scaling.items() if k not in ("rope_type", "type", "rope_theta")}
         if kind != "default" or extra:
-            keys.problems.append(f"{keys.file}: {key} is {_short(scaling)}; scaled rotary positions are not implemented")
+            keys.problems.append(
+                f"{keys.file}: {key} is {_short(scaling)}; scaled rotary positions are not implemented"
+            )
     nested = (keys.values.get("rope_parameters") or {}).get("rope_theta")
     if "rope_theta" not in keys.values and isinstance(nested, int | float):
         return float(nested)
@@ -370,7 +350,7 @@ def _read_vision(keys: _Keys) -> VisionConfig:
         patch_size=keys.take("patch_size", int, at_least=1),
         layer_norm_eps=keys.take("layer_norm_eps", float, 1e-6),
     )
-    keys.finish({"attention_dropout", "vision_use_head"})
+    keys.finish(unread.VISION)
     return config
 
 
@@ -382,8 +362,10 @@ def _read_view(keys: _Keys) -> ViewConfig:
         keys.problems.append(f"{keys.file}: size is {_short(size)}; expected equal height and width")
         size = {"height": 1}
     mean, std = (_three(keys, key) for key in ("image_mean", "image_std"))
-    config = ViewConfig(size=size["height"], mean=mean, std=std, rescale_factor=keys.take("rescale_factor", float, 1 / 255))
-    keys.finish(_PREPROCESSOR_UNREAD)
+    config = ViewConfig(
+        size=size["height"], mean=mean, std=std, rescale_factor=keys.take("rescale_factor", float, 1 / 255)
+    )
+    keys.finish(unread.PREPROCESSOR)
     return config
 
 
@@ -414,7 +396,7 @@ def _read_context(keys: _Keys, vision: VisionConfig) -> ContextConfig:
         masked_cross_attn=keys.take("masked_cross_attn", bool, False),
         treat_image_as_cimage=keys.take("treat_image_as_cimage", bool, False),
     )
-    keys.finish(_CONTEXT_UNREAD | {"architectures"})
+    keys.finish(unread.CONTEXT)
     return config
 
 
@@ -424,8 +406,8 @@ def _inconsistent(config: DamConfig) -> list[str]:
     problems = []
     if llm.hidden_size % llm.num_heads or llm.num_heads % llm.num_kv_heads or llm.head_dim % 2:
         problems.append(
-            f"llm/config.json: {llm.num_heads} heads and {llm.num_kv_heads} key-value heads do not divide a hidden size "
-            f"of {llm.hidden_size} into even heads"
+            f"llm/config.json: {llm.num_heads} heads and {llm.num_kv_heads} key-value heads do not divide a hidden "
+            f"size of {llm.hidden_size} into even heads"
         )
     for name, heads in (("vision_tower", vision.num_heads), ("context_provider", context.num_heads)):
         if vision.hidden_size % heads:
@@ -436,7 +418,9 @@ def _inconsistent(config: DamConfig) -> list[str]:
             "position embeddings are for"
         )
     if not 0 <= config.num_used_layers <= vision.num_layers:
-        problems.append(f"config.json: mm_vision_select_layer {config.select_layer} is outside the vision tower's layers")
+        problems.append(
+            f"config.json: mm_vision_select_layer {config.select_layer} is outside the vision tower's layers"
+        )
     if context.context_image_as_queries and context.masked_cross_attn:
         problems.append("context_provider/config.json: masked_cross_attn is not defined with context_image_as_queries")
     if context.masked_cross_attn and context.patch_size != vision.patch_size:

@@ -1,7 +1,7 @@
 """The configuration as the JSON documents of a checkpoint folder, and the dimensions of the published model.
 
-`parse_config(documents(config)) == config` for every configuration, so what is saved here is what is loaded there, by us
-and by the reference.
+`parse_config(documents(config)) == config` for every configuration, so what is saved here is what is loaded there, by
+us and by the reference.
 """
 
 from __future__ import annotations

@@ -18,7 +18,9 @@ KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, each (B, K, P, E)."""
 
 
-def rotary_table(config: LlmConfig, num_positions: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def rotary_table(
+    config: LlmConfig, num_positions: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
     """cos and sin, each (num_positions, E), computed in float32 as Hugging Face does."""
     half = torch.arange(0, config.head_dim, 2, device=device, dtype=torch.int64).float() / config.head_dim
     angles = torch.outer(torch.arange(num_positions, device=device).float(), 1.0 / config.rope_theta**half)
@@ -153,4 +155,5 @@ class Llama(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states (..., D) -> float32 logits (..., V)."""
-        return self.lm_head(hidden).float()
+        out: Tensor = self.lm_head(hidden).float()
+        return out

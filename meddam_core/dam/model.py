@@ -4,8 +4,8 @@
     tokens_MTD = dam.encode(torch.from_numpy(views_M8SS))
     rows_LD = dam.merge(dam.tokenizer.encode_prompt(query), tokens_MTD)
 
-Follows NVlabs/describe-anything (commit 153ad3d), not the paper, where the two differ: the weights were trained with the
-code. Views go in as uint8; they are normalised here, on the device, to the same float32 values as the reference.
+Follows NVlabs/describe-anything (commit 153ad3d), not the paper, where the two differ: the weights were trained with
+the code. Views go in as uint8; they are normalised here, on the device, to the same float32 values as the reference.
 
 Axes: M views, 8 channels (full RGB and mask, focal RGB and mask), S pixels a side, N patches, C vision hidden size,
 T tokens a view, D language model hidden size, L prompt positions.

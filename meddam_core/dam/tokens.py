@@ -49,7 +49,7 @@ class _SentencePieces:
         import sentencepiece
         from sentencepiece import sentencepiece_model_pb2
 
-        proto = sentencepiece_model_pb2.ModelProto()
+        proto: Any = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
         proto.ParseFromString(model)
         proto.normalizer_spec.add_dummy_prefix = False  # the prefix is added by hand, to the first piece only
         self._sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())

@@ -78,7 +78,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels_B4SS: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels_B4SS[:, :3]) + self.mask_patch_embedding(pixels_B4SS[:, 3:])
-        return patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        embedded: Tensor = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
+        return embedded
 
 
 class _PoolingHead(nn.Module):
@@ -134,7 +135,7 @@ class VisionTower(nn.Module):
 
 
 class _Adapter(nn.Module):
-    """Gated cross-attention and MLP. The gates are raw scalars (no tanh, unlike the paper), the context is not normed."""
+    """Gated cross-attention and MLP. Gates are raw scalars (no tanh, unlike the paper); the context is not normed."""
 
     def __init__(self, config: ContextConfig, size: int) -> None:
         super().__init__()

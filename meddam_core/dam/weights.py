@@ -67,7 +67,7 @@ def _locate(folder: Path) -> dict[str, Path]:
 def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     return {name: tuple(tensor.shape) for name, tensor in _unpickle(path).items()}
 
 
