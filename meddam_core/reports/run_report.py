@@ -66,7 +66,7 @@ class RunFacts:
     """Prompt text by prompt id."""
     recipes: Sequence[str] = ()
     fingerprint: str
-    started_at: str
+    begun_at: str | None = None
     finished_at: str | None = None
     wall_s: float | None = None
     speed: Speed | None = None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 TALLY_COLUMNS = (
     "region_id", "image_id", "status", "reason", "num_tokens", "mean_logprob", "dataset", "modality", "licence",
+    "recipe",
 )  # fmt: skip
 LOGPROB_BIN = 0.05
 """Width of a bin of the mean log-probability histogram, in nats."""
@@ -44,6 +45,7 @@ class CaptionTally:
     groups: Counter[tuple[str, str, str]] = field(default_factory=Counter)
     """Captions by (dataset, modality, status)."""
     licences: Counter[str] = field(default_factory=Counter)
+    recipes: Counter[str] = field(default_factory=Counter)
 
     def add(self, captions: pa.Table) -> None:
         """Counts a table of the Caption schema that holds all captions of its images, as a published file does."""
@@ -56,6 +58,7 @@ class CaptionTally:
             zip(captions["dataset"].to_pylist(), captions["modality"].to_pylist(), statuses, strict=True)
         )
         self.licences.update(captions["licence"].to_pylist())
+        self.recipes.update(captions["recipe"].to_pylist())
         self._add_numbers(captions, np.isin(np.array(statuses, dtype=object), ("ok", "truncated")))
         self._add_images(captions)
 

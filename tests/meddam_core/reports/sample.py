@@ -77,7 +77,7 @@ def sample_facts() -> RunFacts:
         title="vindr-and-friends", run="s3://lab/runs/vindr-and-friends", state="incomplete", generation=2,
         model="dam-tiny", engine="torch", kernels="torch",
         prompts={"meddam-v1": "<image>\nDescribe the marked region in detail."}, recipes=["vindr-cxr", "lidc-idri"],
-        fingerprint="6a1f0c72b39de4418f0e", started_at="2026-11-20 18:02:11 UTC", finished_at="2026-11-20 18:40:55 UTC",
+        fingerprint="6a1f0c72b39de4418f0e", begun_at="2026-11-20 18:02:11 UTC", finished_at="2026-11-20 18:40:55 UTC",
         wall_s=2324.0, speed=Speed(regions_per_s=3.42, tokens_per_s=207.0, busy_share=0.953),
         num_expected=610, num_missing=10, num_duplicated=0,
         settings={"Sampling": "greedy, at most 128 new tokens", "Seed": "0"},
