@@ -1,0 +1,40 @@
+"""Engines that break on purpose, named by path in a run's configuration: `tests.faults.engines:KillingEngine`."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Sequence
+
+from benchmarks.waiting_engine import WaitingEngine
+from meddam_core.engines.base import Request, Result
+from meddam_core.records import Reason
+
+POISON = 201
+"""A region whose full view is of this one grey ends the process: as a driver bug or an out-of-memory kill would."""
+
+
+class KillingEngine(WaitingEngine):
+    """Dies, without a word, on poisoned pixels; captions everything else."""
+
+    name = "killing"
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        super().submit(requests)
+        if any((r.views_N8SS[0, :3] == POISON).all() for r in requests):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class BrokenEngine(WaitingEngine):
+    """Answers every request with an error, as a model with NaN weights does."""
+
+    name = "broken"
+
+    def step(self) -> list[Result]:
+        return [
+            Result(
+                request_id=r.request_id, text="", token_ids=(), mean_logprob=None, finish_reason="error",
+                reason=Reason.ENGINE_ERROR, detail="the logits are not numbers",
+            )
+            for r in super().step()
+        ]  # fmt: skip

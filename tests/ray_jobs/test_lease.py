@@ -1,0 +1,75 @@
+"""One driver at a time on a run directory: on disk and on S3, through a takeover and a lost renewal."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import boto3
+import pytest
+
+from ray_jobs.lease import Lease, LeaseHeld
+
+HOLD = """
+import sys
+from ray_jobs.lease import Lease
+with Lease(sys.argv[1], ttl_s=float(sys.argv[2])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def _holder(uri: str, ttl_s: float) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, uri, str(ttl_s)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_second_driver_is_refused_on_disk_and_a_dead_one_is_not_waited_for(tmp_path: Path) -> None:
+    first = _holder(str(tmp_path), ttl_s=60)
+    with pytest.raises(LeaseHeld, match=f"process {first.pid} on .* still at work"), Lease(str(tmp_path)):
+        pass
+    first.kill()
+    first.wait()
+    with Lease(str(tmp_path)):
+        pass
+
+
+@pytest.mark.s3
+def test_second_driver_is_refused_on_s3_while_the_first_renews(s3_bucket: str) -> None:
+    first = _holder(f"{s3_bucket}/run", ttl_s=2)
+    with pytest.raises(LeaseHeld, match=f"process {first.pid}"), Lease(f"{s3_bucket}/run", ttl_s=2):
+        pass
+    first.communicate()  # ends it in peace: the lease object is gone
+    assert boto3.client("s3").list_objects_v2(Bucket=s3_bucket.removeprefix("s3://"))["KeyCount"] == 0
+
+
+@pytest.mark.s3
+def test_a_killed_drivers_lease_on_s3_is_taken_over_after_its_ttl(s3_bucket: str) -> None:
+    first = _holder(f"{s3_bucket}/run", ttl_s=1)
+    first.kill()
+    first.wait()
+    with Lease(f"{s3_bucket}/run", ttl_s=1):
+        pass
+
+
+@pytest.mark.s3
+def test_a_driver_whose_lease_was_taken_over_is_told(s3_bucket: str) -> None:
+    lost = threading.Event()
+    with Lease(f"{s3_bucket}/run", ttl_s=1, on_lost=lost.set):
+        boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="run/lease", Body=b"{}")
+        assert lost.wait(timeout=30)
+
+
+@pytest.mark.s3
+def test_a_renewal_whose_answer_was_lost_keeps_the_lease(s3_bucket: str) -> None:
+    lost = threading.Event()
+    with Lease(f"{s3_bucket}/run", ttl_s=1, on_lost=lost.set) as lease:
+        # the same body with another etag: what the bucket holds when a put went through and its answer did not
+        boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="run/lease", Body=lease.body(99))
+        assert not lost.wait(timeout=3)
