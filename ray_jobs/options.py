@@ -1,9 +1,9 @@
 """A job's Config model as a command line: one option a field, its help the field's docstring.
 
-    app.command("caption")(command(Config, run, arguments=["shards"]))
+    app.command("caption")(command(Config, run, finish=print_summary, arguments=["shards"]))
 
-Every command made here also takes `--config FILE.yaml`. A value comes from the option where it is given, else from the
-file, else from the model's default, and the model validates the whole; so YAML, options and Python say the same.
+Every command made here also takes `--config FILE.yaml` and `--json`. A value comes from the option where it is given,
+else from the file, else from the model's default, and the model validates the whole: YAML, options and Python agree.
 
 Importing this file loads neither Ray nor torch.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -22,7 +22,6 @@ import typer
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
 CONFIG_HELP = "YAML file with any of these settings by their names (underscores); options win over it."
 
@@ -30,41 +29,50 @@ CONFIG_HELP = "YAML file with any of these settings by their names (underscores)
 def command(
     config: type[BaseModel],
     run: Callable[[Any], Any],
+    *,
+    finish: Callable[[Any, bool], None],
     arguments: Sequence[str] = (),
     flags: dict[str, str] | None = None,
-) -> Callable[..., Any]:
+) -> Callable[..., None]:
     """A function for `typer.Typer.command` that builds `config` from its options and hands it to `run`.
 
     Args:
         config: a pydantic model; `use_attribute_docstrings=True` gives the options their help.
-        run: called with the built config; what it returns, the command returns.
+        run: called with the built config; returns a summary.
+        finish: called with the summary, and whether `--json` was given.
         arguments: fields that are positional arguments, in their order.
         flags: short option names by field, such as {"out": "-o"}.
     """
     given = flags or {}
     order = [*arguments, *(name for name in config.model_fields if name not in arguments)]
     parameters = [_parameter(name, config.model_fields[name], name in arguments, given.get(name)) for name in order]
-    parameters.append(
-        inspect.Parameter(
-            "config_file", inspect.Parameter.KEYWORD_ONLY, default=None,
-            annotation=Annotated[Path | None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)],
-        )
-    )  # fmt: skip
+    parameters += [
+        _keyword("config_file", Path | None, None, typer.Option("--config", metavar="FILE", help=CONFIG_HELP)),
+        _keyword("as_json", bool, False, typer.Option("--json", help="Print the summary as JSON on stdout.")),
+    ]
 
-    def call(config_file: Path | None = None, **options: Any) -> Any:
-        return run(build(config, {k: v for k, v in options.items() if v is not None}, config_file))
+    def call(config_file: Path | None, as_json: bool, **options: Any) -> None:
+        finish(run(build(config, options, config_file)), as_json)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
-    call.__doc__ = run.__doc__
     return call
 
 
-def build(config: type[BaseModel], options: dict[str, Any], config_file: Path | None = None) -> Any:
-    """The config from a YAML file and options. Raises ValueError, a line for each thing that is wrong."""
-    values = read_yaml(config_file) if config_file else {}
+def build(
+    config: type[BaseModel],
+    options: Mapping[str, Any],
+    config_file: Path | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> Any:
+    """The config from options, then a YAML file, then `base`; options that are None or empty are not given.
+
+    Raises ValueError, a line for each thing that is wrong.
+    """
+    values = {**(base or {}), **(read_yaml(config_file) if config_file else {})}
     for name, value in options.items():
-        values[name] = _parsed(config.model_fields[name].annotation, value)
+        if value is not None and value != []:
+            values[name] = _parsed(config.model_fields[name].annotation, value)
     try:
         return config.model_validate(values)
     except ValidationError as error:
@@ -87,18 +95,17 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _parameter(name: str, field: FieldInfo, positional: bool, short: str | None) -> inspect.Parameter:
     """Every option defaults to None, which means "not given": the model knows the defaults."""
     annotation, metavar = _option_type(field.annotation)
-    default: Any = None if field.default is PydanticUndefined else field.default
-    shown = _shown(default) if field.default_factory is None else "see docs"
-    required = field.is_required()
     hint: Any
     if positional:
         hint = typer.Argument(help=field.description, metavar=metavar or name.upper(), show_default=False)
     else:
         names = [n for n in (_option_name(name, annotation), short) if n]
-        text = (field.description or "") + (" Required." if required else "")
-        hint = typer.Option(*names, help=text, metavar=metavar, show_default=shown or False)
-    kind = inspect.Parameter.KEYWORD_ONLY
-    return inspect.Parameter(name, kind, default=None, annotation=Annotated[annotation | None, hint])
+        hint = typer.Option(*names, help=f"{field.description or ''}{_default(field)}", metavar=metavar)
+    return _keyword(name, annotation | None, None, hint)
+
+
+def _keyword(name: str, kind: Any, default: Any, hint: Any) -> inspect.Parameter:
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, hint])
 
 
 def _option_name(name: str, annotation: Any) -> str:
@@ -138,18 +145,24 @@ def _parsed(annotation: Any, value: Any) -> Any:
     return yaml.safe_load(value)
 
 
-def _shown(default: Any) -> str:
-    if default is None or isinstance(default, bool) or default == "" or default == () or default == []:
+def _default(field: FieldInfo) -> str:
+    """What stands after an option's help: its default, where it has one worth showing."""
+    if field.is_required():
+        return " Required."
+    default = field.get_default(call_default_factory=True)
+    if default is None or isinstance(default, bool) or default in ("", (), [], {}):
         return ""
     if isinstance(default, tuple | list):
-        return ",".join(str(v) for v in default)
-    return str(default.value if isinstance(default, Enum) else default)
+        default = ",".join(str(v) for v in default)
+    return f" [default: {default.value if isinstance(default, Enum) else default}]"
 
 
 def _sentence(config: type[BaseModel], error: Any) -> str:
     """One validation error as a sentence that names the option."""
     name = str(error["loc"][0]) if error["loc"] else ""
     option = f"--{name.replace('_', '-')}"
+    if len(error["loc"]) > 1 and get_origin(_without_none(config.model_fields[name].annotation)) is tuple:
+        return f"{option} takes values separated by commas, each as it should be; item {error['loc'][1]} is not"
     if error["type"] == "missing":
         return f"{option} is missing: {config.model_fields[name].description or 'it has no default'}"
     if error["type"] == "extra_forbidden":
