@@ -146,7 +146,7 @@ def explain(uri: str, error: Exception) -> str:
     """What went wrong with a bucket, and what to do, in one sentence. Understands boto3's and pyarrow's errors."""
     text = str(error)
     where = f"{uri} (endpoint {s3_endpoint() or 'AWS'})"
-    if "NoSuchBucket" in text or "NoSuchBucket" in type(error).__name__ or "Not Found" in text:
+    if any(sign in text + type(error).__name__ for sign in ("NoSuchBucket", "NO_SUCH_BUCKET", "Not Found")):
         return f"{where}: the bucket does not exist; check its name, or AWS_ENDPOINT_URL if it is not on AWS"
     if any(code in text for code in REFUSALS):
         return f"{where}: access was refused; check the credentials and that they may list, read and write there"

@@ -1,0 +1,105 @@
+"""Files by URI, on disk and on a real S3 server on loopback: the same calls, the same answers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from meddam_core import storage
+
+
+@pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty folder, once on disk and once in a bucket."""
+    if request.param == "disk":
+        return str(tmp_path / "store")
+    bucket: str = request.getfixturevalue("s3_bucket")
+    return bucket
+
+
+def test_write_read_replace_delete(place: str) -> None:
+    uri = storage.join(place, "a", "b.json")
+    assert not storage.exists(uri)
+    storage.write_bytes(uri, b"one")
+    storage.write_bytes(uri, b"two")
+    assert storage.exists(uri)
+    assert storage.read_bytes(uri) == b"two"
+    storage.delete(uri)
+    storage.delete(uri)
+    assert not storage.exists(uri)
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes(uri)
+
+
+def test_listing_is_sorted_and_leaves_private_names_out(place: str) -> None:
+    for name in ("b.parquet", "a.parquet", "_half.parquet", ".hidden.parquet", "c.json", "deep/d.parquet"):
+        storage.write_bytes(storage.join(place, "set", name), b"x")
+    found = [i.base_name for i in storage.list_files(storage.join(place, "set"), ".parquet")]
+    assert found == ["a.parquet", "b.parquet"]
+    everything = storage.list_objects(storage.join(place, "set") + "/", ".parquet")
+    assert [o.uri.rpartition("set/")[2] for o in everything] == ["a.parquet", "b.parquet", "deep/d.parquet"]
+    assert storage.list_files(storage.join(place, "nowhere")) == []
+
+
+def test_a_tag_changes_with_the_content(place: str) -> None:
+    uri = storage.join(place, "t", "a.bin")
+
+    def tag() -> str:
+        (info,) = storage.list_objects(storage.join(place, "t") + "/")
+        assert info.uri == uri
+        return info.etag
+
+    storage.write_bytes(uri, b"one")
+    first = tag()
+    assert tag() == first
+    storage.write_bytes(uri, b"another")
+    assert tag() != first
+
+
+def test_a_writable_place_is_left_as_it_was(place: str) -> None:
+    storage.check_writable(place)
+    assert storage.list_files(place, recursive=True) == []
+
+
+def test_a_dead_writer_leaves_no_half_file(tmp_path: Path) -> None:
+    (tmp_path / ".a.json.0123").write_bytes(b"ha")
+    assert storage.list_files(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("gs://bucket/x", "use s3://BUCKET/PREFIX or a path"),
+        ("s3://", "names no bucket"),
+        ("s3:///key", "names no bucket"),
+    ],
+)
+def test_a_uri_that_cannot_work_says_what_to_write(uri: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        storage.open_uri(uri)
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
+    with pytest.raises(storage.StorageError, match=r"no-such-bucket-here.*does not exist"):
+        storage.list_objects("s3://no-such-bucket-here/shards/")
+    with pytest.raises(storage.StorageError, match=r"no-such-bucket-here.*does not exist"):
+        storage.check_writable("s3://no-such-bucket-here/run")
+
+
+def test_an_endpoint_that_is_dead_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with pytest.raises(storage.StorageError, match=r"127\.0\.0\.1:9.*does not answer"):
+        storage.list_objects("s3://bucket/shards/")
+
+
+def test_the_endpoint_for_s3_alone_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://all:1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", "http://s3:2")
+    assert storage.s3_endpoint() == "http://s3:2"
+    monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
+    assert storage.s3_endpoint() == "http://all:1"
