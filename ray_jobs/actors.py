@@ -216,7 +216,7 @@ class DescribeRegions:
             truncated = any(c.status is Status.TRUNCATED for c in captions)
             status, reason, detail = (Status.TRUNCATED if truncated else Status.OK), None, None
         else:
-            first = fault or RowError(Reason(captions[0].reason), captions[0].detail or "")
+            first = fault or RowError(Reason(captions[0].reason or Reason.INTERNAL_ERROR), captions[0].detail or "")
             status, reason, detail = Status.FAILED, first.reason, first.detail
         engine = self._captioner.loop.engine
         names = {f.name for f in dataclasses.fields(CaptionedImage)}

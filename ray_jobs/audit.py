@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 
 from meddam_core import storage
 from meddam_core.records import REGION_BITS
+from meddam_core.shards import shard_facts
 from ray_jobs.run_directory import RUN, InputShard, RunDirectory
-from ray_jobs.snapshot import read_ids
 
 NUM_EXAMPLES = 20
 
@@ -90,9 +90,9 @@ def images_in(files: list[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
 def _expected(shards: list[InputShard]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """(region ids that must have captions, ids of images without regions), both sorted."""
     with ThreadPoolExecutor(16) as pool:
-        ids = list(pool.map(lambda s: read_ids(s.uri), shards))
-    regions = np.concatenate([r for _, r, _ in ids])
-    without = np.concatenate([i[n == 0] for i, _, n in ids])
+        facts = list(pool.map(lambda s: shard_facts(s.uri), shards))
+    regions = np.concatenate([f.region_ids for f in facts])
+    without = np.concatenate([f.image_ids[f.num_regions == 0] for f in facts])
     return np.sort(regions), np.sort(without)
 
 

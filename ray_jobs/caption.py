@@ -14,7 +14,6 @@ Invariants:
 from __future__ import annotations
 
 import functools
-import logging
 import os
 import sys
 import time
@@ -30,13 +29,11 @@ from ray_jobs.captioners import CaptionerSpec, resolve
 from ray_jobs.lease import Lease
 from ray_jobs.monitor import start_monitor
 from ray_jobs.plan import Plan, finish_summary, open_run
-from ray_jobs.progress import progress, speed_line
+from ray_jobs.progress import progress
 from ray_jobs.publish import publish
 from ray_jobs.run_directory import SUMMARY, RunDirectory
 from ray_jobs.session import Shares, session, share_cpus
 from ray_jobs.summary import Summary
-
-logger = logging.getLogger(__name__)
 
 BLOCK_BYTES = 32 << 20
 """Small blocks up to the captioner, so that all captioners start at once and end together."""
@@ -210,7 +207,6 @@ def _publish(plan: Plan, monitor: Any, stopped: str | None, started: float) -> S
     if found.clean:
         plan.directory.write_json(summary.model_dump(mode="json"), SUMMARY)
         plan.clear_checkpoint()
-    logger.info(speed_line(totals))
     return summary
 
 

@@ -43,6 +43,8 @@ class Totals:
     """Sums over a run so far."""
 
     num_images: int = 0
+    num_failed: int = 0
+    """Images without a single caption, for whatever reason but having no region."""
     num_regions: int = 0
     num_tokens: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
@@ -70,7 +72,6 @@ class RunMonitor:
         self._canary_images = canary_images
         self._min_images = min_images
         self._totals = Totals()
-        self._num_failed = 0
         self._open: Counter[tuple[Stage, int]] = Counter()
         self._alone: Counter[tuple[Stage, int]] = Counter()
         self._quarantined: set[tuple[Stage, int]] = set()
@@ -104,12 +105,12 @@ class RunMonitor:
             t.busy_s[captioner] = 0.0
             t.first_report_s = now if t.first_report_s is None else t.first_report_s
         t.num_images += num_images
+        t.num_failed += num_failed
         t.num_regions += num_regions
         t.num_tokens += num_tokens
         t.by_reason.update(by_reason)
         t.busy_s[captioner] = busy_s
         t.last_report_s = now
-        self._num_failed += num_failed
         t.stop = t.stop or self._verdict()
         return t.stop
 
@@ -118,7 +119,7 @@ class RunMonitor:
         return self._totals
 
     def _verdict(self) -> str | None:
-        num, failed = self._totals.num_images, self._num_failed
+        num, failed = self._totals.num_images, self._totals.num_failed
         reasons = ", ".join(f"{n} {r}" for r, n in self._totals.by_reason.most_common(3))
         if failed == num and num >= self._canary_images:
             return f"all of the first {num} images failed ({reasons})"

@@ -65,11 +65,10 @@ def progress_line(totals: Totals, num_images: int, num_regions: int, elapsed_s: 
     rate = totals.num_regions / working_s
     left = (num_regions - totals.num_regions) / rate if rate else 0.0
     share = totals.num_images / num_images if num_images else 1.0
-    failed = sum(totals.by_reason.values())
     parts = [
         f"{share:4.0%} {totals.num_images:,}/{num_images:,} images", f"{totals.num_regions:,} regions",
         f"{rate:.1f} regions/s", f"{duration(left)} left" if rate and share < 1 else "",
-        f"{failed:,} failed" if failed else "", f"{totals.num_deaths} worker deaths" if totals.num_deaths else "",
+        f"{totals.num_failed:,} failed" if totals.num_failed else "", f"{totals.num_deaths} worker deaths" if totals.num_deaths else "",
     ]  # fmt: skip
     return " · ".join(p for p in parts if p)
 

@@ -10,15 +10,10 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from meddam_core import storage
-from meddam_core.records import SCHEMA_VERSION, Image, arrow_schema
+from meddam_core.shards import shard_facts
 from ray_jobs.run_directory import InputShard
-
-_REGION_IDS = "regions.list.element.region_id"
 
 
 def snapshot(uris: Sequence[str]) -> list[InputShard]:
@@ -51,20 +46,6 @@ def changed(then: Sequence[InputShard], now: Sequence[InputShard]) -> list[str]:
     return sorted(said)
 
 
-def read_ids(uri: str) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]:
-    """(image ids, region ids, regions of each image) of a shard, reading no other column."""
-    fs, path = storage.open_uri(uri)
-    table = pq.read_table(path, columns=["image_id", _REGION_IDS], filesystem=fs, partitioning=None)
-    regions = table["regions"].combine_chunks()
-    lengths = regions.value_lengths().fill_null(0)
-    ids = regions.flatten().field("region_id")
-    return (
-        np.asarray(table["image_id"].to_numpy(), np.int64),
-        np.asarray(ids.to_numpy(zero_copy_only=False), np.int64),
-        np.asarray(lengths.to_numpy(zero_copy_only=False), np.int32),
-    )
-
-
 def _shards_below(uri: str) -> list[storage.ObjectInfo]:
     if uri.endswith(".parquet"):
         folder, _, _ = uri.rpartition("/")
@@ -79,28 +60,11 @@ def _shards_below(uri: str) -> list[storage.ObjectInfo]:
 
 
 def _shard(info: storage.ObjectInfo) -> InputShard:
-    fs, path = storage.open_uri(info.uri)
-    try:
-        with fs.open_input_file(path) as stream:
-            _check_schema(info.uri, pq.ParquetFile(stream).schema_arrow)
-        images, regions, _ = read_ids(info.uri)
-    except pa.ArrowInvalid as error:
-        raise ValueError(f"{info.uri} is no Parquet file, or a broken one; write it again or leave it out") from error
-    if len(np.unique(images)) != len(images):
+    facts = shard_facts(info.uri)
+    ids = facts.image_ids
+    if len(np.unique(ids)) != len(ids):
         raise ValueError(f"{info.uri} holds the same image id twice; ids must be unique, write the shard again")
-    first, last = (int(images.min()), int(images.max())) if len(images) else (0, -1)
     return InputShard(
-        uri=info.uri, etag=info.etag, size=info.size, num_images=len(images), num_regions=len(regions), first_id=first,
-        last_id=last,
+        uri=info.uri, etag=info.etag, size=info.size, num_images=len(ids), num_regions=len(facts.region_ids),
+        first_id=int(ids.min()) if len(ids) else 0, last_id=int(ids.max()) if len(ids) else -1,
     )  # fmt: skip
-
-
-def _check_schema(uri: str, found: pa.Schema) -> None:
-    wanted = arrow_schema(Image)
-    version = (found.metadata or {}).get(b"meddam.schema_version", b"none").decode()
-    missing, extra = set(wanted.names) - set(found.names), set(found.names) - set(wanted.names)
-    if version != str(SCHEMA_VERSION) or missing or extra:
-        raise ValueError(
-            f"{uri} is not an image shard of schema version {SCHEMA_VERSION} (it says {version}; missing columns "
-            f"{sorted(missing)}, unknown columns {sorted(extra)}); make it again with `meddam ingest`"
-        )

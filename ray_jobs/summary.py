@@ -39,7 +39,7 @@ class Summary(BaseModel):
     kernels: str
     audit: dict[str, Any] | None = None
     session: dict[str, Any] = {}
-    """The last driver's own figures: images and regions it captioned, seconds, speed, worker deaths, quarantined ids."""
+    """The last driver's own figures: what it captioned, seconds, speed, worker deaths, quarantined images."""
 
     @property
     def exit_code(self) -> int:

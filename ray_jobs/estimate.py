@@ -1,0 +1,122 @@
+"""What a caption run would take, before it is begun: `meddam caption ... --dry-run`.
+
+Counts the input exactly and measures the rest: a few images are prepared and described, on the node kind that would do
+the work, and the run's time and size follow from that. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel, ConfigDict
+
+from ray_jobs.progress import duration
+
+if TYPE_CHECKING:
+    from ray_jobs.captioners import CaptionerSpec
+    from ray_jobs.plan import Plan
+
+NUM_WARM_UP = 4
+"""Images described before the clock starts: compilation and caches."""
+NUM_MEASURED = 16
+
+
+class Estimate(BaseModel):
+    """What a run would take."""
+
+    model_config = ConfigDict(frozen=True)
+
+    num_images: int
+    num_regions: int
+    num_captions: int
+    num_captioners: int
+    num_extractors: int
+    engine: str
+    kernels: str
+    num_measured: int
+    """Captions the rates below come from."""
+    captions_per_s: float
+    """One captioner's rate."""
+    images_prepared_per_s: float
+    """One CPU's rate of decoding and rendering."""
+    seconds: float
+    output_bytes: int
+
+    @property
+    def exit_code(self) -> int:
+        """An estimate that could be made is a success."""
+        return 0
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        slower = "captioners" if self._describe_s() >= self._extract_s() else "image preparation"
+        return [
+            f"{self.num_images:,} images, {self.num_regions:,} regions, {self.num_captions:,} captions to make",
+            f"about {duration(self.seconds)} with {self.num_captioners} captioner(s) ({self.engine}, {self.kernels}) at "
+            f"{self.captions_per_s:.2f} captions/s each and up to {self.num_extractors} CPU(s) at "
+            f"{self.images_prepared_per_s:.1f} images/s each; the {slower} set the pace",
+            f"about {self.output_bytes / 1e6:,.1f} MB of captions",
+            f"measured on {self.num_measured} captions; starting Ray and loading the model come on top. "
+            "Nothing was written.",
+        ]
+
+    def _describe_s(self) -> float:
+        return self.num_captions / (self.captions_per_s * self.num_captioners)
+
+    def _extract_s(self) -> float:
+        return self.num_images / (self.images_prepared_per_s * self.num_extractors)
+
+
+def estimate(plan: Plan, spec: CaptionerSpec, num_extractors: int) -> Estimate:
+    """Measures a few images with the run's captioner. Needs Ray. Raises ValueError where no image has a region."""
+    import ray
+
+    measure = ray.remote(_measure).options(num_cpus=0.25, num_gpus=spec.gpus_each, max_retries=0)
+    found: dict[str, Any] = ray.get(measure.remote(spec, plan.rules, [s.uri for s in plan.shards]))
+    num_images, num_regions = (sum(getattr(s, n) for s in plan.shards) for n in ("num_images", "num_regions"))
+    num_captions = num_regions * len(plan.prompts) * spec.num_samples
+    shared = {
+        "num_images": num_images, "num_regions": num_regions, "num_captions": num_captions,
+        "num_captioners": spec.num_captioners, "num_extractors": num_extractors, "engine": spec.engine,
+        "kernels": spec.kernels, "num_measured": found["num_captions"],
+        "captions_per_s": found["num_captions"] / found["describe_s"],
+        "images_prepared_per_s": found["num_images"] / found["prepare_s"],
+        "output_bytes": round(found["bytes_per_caption"] * num_captions),
+    }  # fmt: skip
+    rough = Estimate(**shared, seconds=0.0)
+    return Estimate(**shared, seconds=max(rough._describe_s(), rough._extract_s()))
+
+
+def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, float]:
+    from meddam_core.captioner import RegionPreparer
+    from meddam_core.records import RowError
+    from meddam_core.shards import read_shard
+
+    preparer, captioner = RegionPreparer(rules), spec()
+    images = (image for uri in uris for image in read_shard(uri) if image.regions)
+    prepared: list[Any] = []
+    prepare_s = num_images = 0.0
+    for number, image in enumerate(itertools.islice(images, NUM_WARM_UP + NUM_MEASURED)):
+        started = time.perf_counter()
+        try:
+            prepared.append(preparer.prepare(image))
+        except RowError:
+            continue
+        if number >= min(NUM_WARM_UP, 1):
+            prepare_s += time.perf_counter() - started
+            num_images += 1
+    warm_up, measured = prepared[:NUM_WARM_UP], prepared[NUM_WARM_UP:] or prepared
+    if not measured:
+        raise ValueError("no image with a region could be prepared: there is nothing to measure")
+    captioner.describe([r for some in warm_up for r in some])
+    started = time.perf_counter()
+    captions = [c for own in captioner.describe([r for some in measured for r in some]) for c in own]
+    describe_s = time.perf_counter() - started
+    captioner.loop.close()
+    text_bytes = sum(len((c.text or "").encode()) for c in captions)
+    return {
+        "num_images": max(num_images, 1.0), "prepare_s": max(prepare_s, 1e-6), "num_captions": len(captions),
+        "describe_s": describe_s, "bytes_per_caption": 0.6 * text_bytes / len(captions) + 90,
+    }  # fmt: skip

@@ -1,0 +1,145 @@
+"""Kill a caption job at random moments, run it again, and see that nothing is lost, doubled or changed.
+
+    python -m tests.faults.kill_and_resume --times 20 --store s3 --seed 1
+    python -m tests.faults.kill_and_resume --times 20 --store disk --victim driver
+
+Each round captions the same shards into a new run directory. The job is killed (its driver, a captioner or an
+extractor, with SIGKILL) once or twice, and started again until it ends well. The round fails unless the audit is clean
+and the captions equal those of an undisturbed run. Everything is real: `python -m ray_jobs.caption`, Ray, an S3 server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import boto3
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from meddam_core import storage
+from ray_jobs.audit import Audit, audit
+from ray_jobs.run_directory import RunDirectory
+from tests.faults.processes import Victim, kill, victims
+from tests.ray_jobs.made_shards import make_shards
+
+MODEL = str(Path(__file__).parents[1] / "data/oracle/dam_tiny/checkpoint")
+VICTIMS: tuple[Victim, ...] = ("driver", "captioner", "extractor")
+MAX_STARTS = 12
+
+
+@dataclass(slots=True)
+class Job:
+    """How the shards are captioned, always the same way."""
+
+    shards: str
+    options: list[str] = field(default_factory=list)
+
+    def start(self, out: str, log: Path) -> subprocess.Popen[bytes]:
+        """Starts the job as its own process; its output goes to `log`."""
+        command = [
+            sys.executable, "-m", "ray_jobs.caption", self.shards, "--out", out, "--model", MODEL, "--prompts",
+            "dam-default", "--max-new-tokens", "16", "--images-per-file", "10", "--images-per-batch", "4",
+            "--num-cpus", "2", *self.options,
+        ]  # fmt: skip
+        env = os.environ | {"RAY_AUTH_MODE": "disabled"}
+        with log.open("ab") as stream:
+            return subprocess.Popen(command, stdout=stream, stderr=stream, env=env)
+
+
+def captions(out: str) -> pa.Table:
+    """The published captions of a run, in a fixed order, without what differs between attempts."""
+    files = RunDirectory(out).published()
+    assert files is not None, f"{out} is not published"
+    tables = [pq.read_table(path, filesystem=fs, partitioning=None) for fs, path in map(storage.open_uri, files)]
+    return pa.concat_tables(tables).sort_by([("region_id", "ascending"), ("prompt_id", "ascending")])
+
+
+def disturbed(job: Job, out: str, log: Path, rng: random.Random, kinds: tuple[Victim, ...], span_s: float) -> list[str]:
+    """Runs the job to its end through one or two kills. Returns what was killed. Raises where it does not end well."""
+    story: list[str] = []
+    for _ in range(MAX_STARTS):
+        process = job.start(out, log)
+        wanted = rng.choice(kinds) if len(story) < 2 else None
+        moment = rng.uniform(0.3, 1.0) * span_s
+        started = time.monotonic()
+        while process.poll() is None:
+            if wanted is not None and time.monotonic() - started > moment:
+                alive = victims(process.pid, wanted)
+                if alive:
+                    kill(rng.choice(alive))
+                    story.append(f"{wanted} after {time.monotonic() - started:.1f} s")
+                    wanted = None
+            time.sleep(0.02)
+        if process.returncode == 0:
+            return story
+        if process.returncode not in (-9, 4):
+            raise AssertionError(f"exit code {process.returncode}, see {log}\n{log.read_text()[-3000:]}")
+    raise AssertionError(f"no good end after {MAX_STARTS} starts, see {log}")
+
+
+def check(out: str, undisturbed: pa.Table) -> Audit:
+    """The audit of a run that was disturbed. Raises unless it is clean and its captions equal the others."""
+    found = audit(RunDirectory(out))
+    assert found.clean, found
+    same = captions(out).drop_columns(["attempt"])
+    assert same.equals(undisturbed.drop_columns(["attempt"])), "the captions differ from those of the undisturbed run"
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=20)
+    parser.add_argument("--store", choices=("s3", "disk"), default="s3")
+    parser.add_argument("--victim", choices=VICTIMS, help="always the same kind; by default one at random each time")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=60, help="images in each of two shards")
+    parser.add_argument("--engine", default="torch")
+    args = parser.parse_args(argv)
+    rng = random.Random(args.seed)
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meddam-faults-")))
+        root = _bucket(stack) if args.store == "s3" else str(scratch)
+        job = Job(make_shards(f"{root}/set", 2, args.images), ["--engine", args.engine])
+        started = time.monotonic()
+        assert job.start(f"{root}/undisturbed", scratch / "undisturbed.log").wait() == 0, (
+            scratch / "undisturbed.log"
+        ).read_text()[-3000:]
+        span_s = time.monotonic() - started
+        table = captions(f"{root}/undisturbed")
+        print(f"undisturbed: {table.num_rows} captions in {span_s:.0f} s", flush=True)
+        for number in range(args.times):
+            kinds = (args.victim,) if args.victim else VICTIMS
+            story = disturbed(job, f"{root}/run-{number}", scratch / f"{number}.log", rng, kinds, span_s)
+            found = check(f"{root}/run-{number}", table)
+            print(f"{number + 1:3d}  missing {found.num_missing}  twice {found.num_duplicated}  {', '.join(story)}",
+                  flush=True)  # fmt: skip
+    print(f"{args.times} of {args.times} rounds clean")
+    return 0
+
+
+def _bucket(stack: ExitStack) -> str:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    stack.callback(server.stop)
+    host, port = server.get_host_and_port()
+    os.environ |= {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    boto3.client("s3").create_bucket(Bucket="faults")
+    return "s3://faults"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
