@@ -1,0 +1,74 @@
+"""Any file a lab has -> one decoded picture, or one clear reason why not.
+
+    decoded = decode(Path("scan.dcm").read_bytes())          # a single picture, or frame 0
+    decoded = decode(volume_bytes, frame=40)                 # slice 40 of a NIfTI volume, frame 40 of a clip
+
+Invariants:
+- the kind of file is taken from its content, never from its name;
+- sizes are checked before anything is decoded;
+- the outcome is a `Decoded` or a `RowError`, for any bytes whatsoever;
+- no header value, name or identifier is in the error, in a log line or in a warning.
+"""
+
+from __future__ import annotations
+
+from meddam_core.imaging.decoded import Decoded
+from meddam_core.imaging.dicom import decode_dicom
+from meddam_core.imaging.limits import Limits, inflate
+from meddam_core.imaging.quiet import quiet
+from meddam_core.imaging.raster import FORMATS, decode_raster
+from meddam_core.imaging.sniff import Kind, sniff
+from meddam_core.imaging.volume import decode_nifti
+from meddam_core.records import Reason, RowError
+
+_IMAGE_SUFFIXES = (
+    ".bmp", ".dcm", ".dicom", ".gif", ".ima", ".jp2", ".jpeg", ".jpg", ".nii", ".nii.gz", ".png", ".tif", ".tiff",
+    ".webp",
+)  # fmt: skip
+_SNIFF_BYTES = 4096
+
+
+def decode(data: bytes, *, name: str = "", frame: int | None = None, limits: Limits | None = None) -> Decoded:
+    """One picture of the file whose content is `data`.
+
+    name: the file's name, used only to word the reason for content of no known kind; it is never repeated.
+    frame: which frame, page or slice, from 0; a volume (NIfTI) needs one, elsewhere it defaults to the first.
+    Raises RowError, and nothing else, for whatever is wrong with the data.
+    """
+    limits = limits or Limits()
+    limits.check_file(len(data))
+    if not data:
+        raise RowError(Reason.CORRUPT, "the file is empty")
+    kind = sniff(data)
+    with quiet():
+        try:
+            return _decode(data, kind, name, frame, limits)
+        except RowError as error:
+            raise RowError(error.reason, error.detail) from None
+        except MemoryError:
+            raise RowError(Reason.OUT_OF_MEMORY, "there is not enough memory to decode the file") from None
+        except Exception as error:  # noqa: BLE001 - the door to other people's decoders: whatever they raise is this row's
+            raise RowError(
+                Reason.CORRUPT, f"the file is broken: reading it as {kind} ended with {type(error).__name__}"
+            ) from None
+
+
+def _decode(data: bytes, kind: Kind, name: str, frame: int | None, limits: Limits) -> Decoded:
+    if kind == "dicom":
+        return decode_dicom(data, frame=frame, limits=limits)
+    if kind in FORMATS:
+        return decode_raster(data, kind=kind, frame=frame, limits=limits)
+    if kind == "nifti":
+        return decode_nifti(data, frame=frame, limits=limits)
+    if kind == "gzip":
+        inner = sniff(inflate(data, wbits=31, limits=limits, enough=_SNIFF_BYTES))
+        if inner == "nifti":
+            return decode_nifti(data, frame=frame, limits=limits)
+        if inner in ("unknown", "gzip"):
+            raise RowError(Reason.NOT_AN_IMAGE, "a compressed file that holds no image")
+        return _decode(inflate(data, wbits=31, limits=limits), inner, name, frame, limits)
+    if kind == "encrypted":
+        raise RowError(Reason.ENCRYPTED, "the file is encrypted")
+    if name.lower().endswith(_IMAGE_SUFFIXES):
+        raise RowError(Reason.CORRUPT, "named like an image, but its content is of no known kind")
+    raise RowError(Reason.NOT_AN_IMAGE, "the content is of no known kind of image")
