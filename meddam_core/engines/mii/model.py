@@ -1,0 +1,244 @@
+"""Llama as FastGen builds it, with DAM's visual rows injected into the embeddings.
+
+A prompt comes in with T placeholder tokens a view, so that FastGen's accounting of lengths and cache blocks is right.
+In `_forward_embed`, rows that fall on placeholders are overwritten with the visual rows of their sequence, by position;
+a prompt may be cut anywhere, and a sequence that starts again from 0 after a preemption finds its rows still there.
+
+Axes: R rows of a ragged batch, D hidden size, H heads.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import deepspeed.comm as dist
+import numpy as np
+import torch
+import torch.nn.functional as F
+from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
+from deepspeed.inference.v2.inference_utils import DtypeEnum
+from deepspeed.inference.v2.model_implementations.llama_v2.model import Llama2InferenceModel
+from deepspeed.inference.v2.model_implementations.llama_v2.policy import Llama2Policy
+from torch import Tensor
+
+from meddam_core.dam.config import LlmConfig
+from meddam_core.engines.mii import torch_kernels
+from meddam_core.engines.mii.torch_kernels import BLOCK_SIZE, SequenceState
+
+FASTGEN_EPS = 1e-5
+"""The epsilon that FastGen gives its RMSNorm kernels, whatever the model's configuration says."""
+
+
+@dataclass(frozen=True, slots=True)
+class VisualRows:
+    """A request's visual tokens and the prompt positions they stand at."""
+
+    positions: list[int]
+    """Ascending."""
+    rows: Tensor
+    """(len(positions), D), on the engine's device."""
+
+
+def fastgen_config(llm: LlmConfig, vocab_size: int, max_length: int, dtype: torch.dtype) -> SimpleNamespace:
+    """The attributes of a Hugging Face configuration that FastGen's Llama reads."""
+    return SimpleNamespace(
+        hidden_size=llm.hidden_size,
+        intermediate_size=llm.intermediate_size,
+        num_hidden_layers=llm.num_layers,
+        num_attention_heads=llm.num_heads,
+        num_key_value_heads=llm.num_kv_heads,
+        vocab_size=vocab_size,
+        hidden_act="silu",
+        rope_theta=llm.rope_theta,
+        rms_norm_eps=llm.rms_norm_eps,
+        torch_dtype=dtype,
+        max_seq_length=max_length,
+    )
+
+
+class DamLlama(Llama2InferenceModel):  # type: ignore[misc]
+    """FastGen's Llama plus injection. With its compiled layers."""
+
+    def __init__(self, **arguments: Any) -> None:
+        self.visual: dict[int, VisualRows] = {}
+        """Sequence id -> rows; kept until the request is released."""
+        self.batch_uids: list[int] = []
+        """The sequences of the forward in progress, in the order of its rows."""
+        super().__init__(**arguments)
+
+    @property
+    def tp_rank(self) -> int:
+        return 0 if self._base_mp_group is None else int(dist.get_rank(group=self._base_mp_group))
+
+    @property
+    def tp_size(self) -> int:
+        return 1 if self._base_mp_group is None else int(dist.get_world_size(group=self._base_mp_group))
+
+    @property
+    def activation_dtype(self) -> DtypeEnum:
+        return DtypeEnum(self._config.torch_dtype)
+
+    def make_norm_layer(self) -> None:
+        super().make_norm_layer()
+        self.norm._fp_rms.epsilon = self.norm._fp_rms_pre.epsilon = self._config.rms_norm_eps
+
+    def make_unembedding_layer(self) -> None:
+        super().make_unembedding_layer()
+        self.unembed._norm.epsilon = self._config.rms_norm_eps
+
+    def make_embedding_layer(self) -> None:
+        """Nothing: the lookup is torch's, since the compiled one leaves stale rows at placeholder ids."""
+
+    def finish_loading(self) -> None:
+        """Called once all weights are in place."""
+        self._word_emb = self._non_transformer.word_emb.as_subclass(Tensor)
+
+    def _forward_embed(self, ragged_batch: Any) -> Tensor:
+        ids_R = ragged_batch.input_ids()
+        x_RD = F.embedding(ids_R, self._word_emb)
+        targets: list[int] = []
+        sources: list[Tensor] = []
+        start = 0
+        for uid in self.batch_uids:
+            sequence = self.state_manager.get_sequence(uid)
+            visual = self.visual.get(uid)
+            if visual is not None and sequence.seen_tokens <= visual.positions[-1]:
+                seen, end = sequence.seen_tokens, sequence.seen_tokens + sequence.in_flight_tokens
+                first, last = bisect_left(visual.positions, seen), bisect_left(visual.positions, end)
+                targets += [start + position - seen for position in visual.positions[first:last]]
+                sources.append(visual.rows[first:last])
+            start += sequence.in_flight_tokens
+        if targets:
+            rows = torch.cat(sources).to(x_RD.dtype)
+            x_RD.index_copy_(0, torch.tensor(targets, device=x_RD.device), rows)
+        return x_RD
+
+
+class TorchDamLlama(DamLlama):
+    """The same model with every layer in plain torch (torch_kernels)."""
+
+    def make_norm_layer(self) -> None:
+        self.norm = torch_kernels.TorchNorm(self._config.rms_norm_eps)
+
+    def make_qkv_layer(self) -> None:
+        self.qkv = torch_kernels.TorchLinear()
+
+    def make_attn_layer(self) -> None:
+        # FastGen asks the attention layer for the size of a block
+        self.attn = _Attention(self)
+
+    def make_attn_out_layer(self) -> None:
+        self.attn_out = torch_kernels.TorchLinear()
+
+    def make_mlp_1_layer(self) -> None:
+        self.mlp_1 = torch_kernels.TorchSwiGlu()
+
+    def make_mlp_2_layer(self) -> None:
+        self.mlp_2 = torch_kernels.TorchLinear()
+
+    def make_unembedding_layer(self) -> None:
+        self.unembed = self._unembed
+
+    def finish_loading(self) -> None:
+        super().finish_loading()
+        top = self._non_transformer
+        for owner in (top, *self._transformer):
+            for name in owner.annotation_attrs:  # plain tensors: a subclass costs time in every call
+                setattr(owner, name, getattr(owner, name).as_subclass(Tensor))
+        device = self._word_emb.device
+        self._cos, self._sin = torch_kernels.rotary_table(
+            self.rope_theta, self.head_size, self.max_sequence_length, device
+        )
+
+    def set_state_manager(self, state_manager: Any) -> None:
+        super().set_state_manager(state_manager)
+        # blocks are gathered whole: what was never written is masked, but 0 * NaN would not be 0
+        store = state_manager._kv_cache
+        store._caches = tuple(_zeros_like(cache) for cache in store._caches)
+
+    def prepare_batch(self, wrapped_batch: Any) -> None:
+        del wrapped_batch
+        sequences = [self.state_manager.get_sequence(uid) for uid in self.batch_uids]
+        states = [
+            SequenceState(s.in_flight_tokens, s.seen_tokens, s.kv_cache_ids(on_device=False)[0].numpy())
+            for s in sequences
+        ]
+        self.plan = torch_kernels.plan_batch(states, self._cos, self._sin, self._config.torch_dtype)
+
+    def _unembed(self, hidden: Tensor, weight: Tensor, batch: Any, gamma: Tensor) -> Tensor:
+        del batch
+        return F.linear(self.norm.rms(hidden[self.plan.last_S], gamma), weight)
+
+
+def _zeros_like(cache: Tensor) -> Tensor:
+    """Zeros of the same shape; on a CPU memory is taken only as it is written to."""
+    if cache.is_cuda:
+        return cache.zero_()
+    memory = torch.from_numpy(np.zeros(cache.numel() * cache.element_size(), np.uint8))
+    return memory.view(cache.dtype).view(cache.shape)
+
+
+class _Attention:
+    kv_block_size = BLOCK_SIZE
+
+    def __init__(self, model: TorchDamLlama) -> None:
+        self._model = model
+
+    def __call__(self, qkv: Tensor, cache: Tensor, batch: Any) -> Tensor:
+        del batch
+        model = self._model
+        return torch_kernels.attend(
+            qkv, cache, model.plan,
+            num_heads=model.n_heads_q_local, num_kv_heads=model.n_heads_kv_local, head_size=model.head_size,
+        )  # fmt: skip
+
+
+class DamPolicy(Llama2Policy):  # type: ignore[misc]
+    """Builds a DamLlama and fills it from a Handover, without FastGen's second, flattened copy of the weights."""
+
+    def __init__(self, config: Any, handover: Any, kernels: str) -> None:
+        super().__init__(config, checkpoint_engine=handover)
+        self._kernels = kernels
+
+    def instantiate_model(self, engine_config: Any, mp_group: Any) -> DamLlama:
+        model_class = TorchDamLlama if self._kernels == "torch" else DamLlama
+        return model_class(config=self._model_config, engine_config=engine_config, base_mp_group=mp_group)
+
+    def populate_model_parameters(self) -> None:
+        containers = self.build_container_map()
+        for name, parameter in self._checkpoint_engine.parameters():
+            containers.map_param(name, parameter)
+            del parameter
+        layers, top = containers.transformer_params, containers.non_transformer_params
+        incomplete = [i for i, layer in enumerate((top, *layers)) if layer._finalized_params != layer.n_params]
+        if incomplete:
+            raise ValueError(f"the language model lacks weights in {len(incomplete)} of {len(layers) + 1} parts")
+        self.model.set_parameters(
+            transformer=layers, non_transformer=top, flattened_param_buffer=None, flattened_param_metadata=None
+        )
+        self.model.finish_loading()
+
+
+class RaggedEngine(InferenceEngineV2):  # type: ignore[misc]
+    """FastGen's engine: one `put` is one forward over a ragged batch. Without a process group for a single process."""
+
+    def _initialize_tp_group(self) -> Any:
+        if self._config.tensor_parallel.tp_size == 1:
+            return None
+        return super()._initialize_tp_group()
+
+    def put(self, batch_uids: Iterable[int], batch_tokens: Sequence[Tensor], do_checks: bool = False) -> Tensor:
+        """Logits (sequences, vocabulary) after the last new token of each sequence; valid until the next `put`.
+
+        The caller has checked that everything fits; FastGen's own check compares a number with a list and fails.
+        """
+        assert not do_checks
+        uids = list(batch_uids)
+        self._model.batch_uids = uids
+        with torch.inference_mode():
+            logits: Tensor = super().put(uids, batch_tokens, do_checks=False)
+        return logits
