@@ -134,6 +134,10 @@ class Llama(nn.Module):
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 
+    def layers(self) -> list[Layer]:
+        """The transformer layers, in order."""
+        return [layer for layer in self.model.layers if isinstance(layer, Layer)]
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token ids (...) -> rows (..., D)."""
         rows: Tensor = self.model.embed_tokens(ids)

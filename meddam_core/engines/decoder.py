@@ -1,0 +1,212 @@
+"""The language model with a static key-value cache: prompts in, then one token a row and step.
+
+Rows live in slots; active rows are always slots 0 .. num_active - 1, so a step works on views of the cache and copies
+nothing. The weights are those of dam.llm.Llama: query, key and value (and gate and up) are laid side by side in one
+buffer, of which the module's own parameters become views, so nothing is held twice.
+
+Invariants:
+- float32 on the CPU: a row's numbers do not depend on the rows beside it. Matrix products round differently below 16
+  rows and attention at lengths that are not a multiple of 32, so rows and lengths are padded to that.
+- Columns a row has not written are masked by -inf, never read.
+
+Axes: B rows, L positions, D hidden size, V vocabulary, H heads, K key-value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meddam_core.dam.llm import Layer, Llama, rotary_table
+
+LENGTH_STEP = 32
+"""Lengths are rounded up to a multiple of this."""
+MIN_ROWS = 16
+"""Fewer rows than this are padded: below it, matrix products take other paths and round differently."""
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+class Decoder:
+    """Prefill and decode over rows in a cache that grows on demand. All methods run without autograd."""
+
+    def __init__(self, llm: Llama) -> None:
+        self.llm = llm
+        self.config = llm.config
+        weight = llm.model.embed_tokens.weight
+        self.device, self.dtype = weight.device, weight.dtype
+        with torch.no_grad():
+            self._layers = [_FusedLayer(layer, llm.config.rms_norm_eps) for layer in llm.layers()]
+            cos, sin = rotary_table(llm.config, llm.config.max_position_embeddings, self.device, self.dtype)
+        half = llm.config.head_dim // 2
+        self._cos, self._sin = cos, torch.cat((-sin[:, :half], sin[:, half:]), dim=-1)  # signs for a half-turn by roll
+        self.release()
+
+    @property
+    def bytes_per_position(self) -> int:
+        """Size of the cache of one position of one row."""
+        c = self.config
+        return 2 * c.num_layers * c.num_kv_heads * c.head_dim * self.dtype.itemsize
+
+    @torch.inference_mode()
+    def release(self) -> None:
+        """Give the cache's memory back; every row is forgotten."""
+        self.num_slots = self.length = 0
+        self._kv, self._bias, self._next_position = self._new_cache(0, 0)
+        self._num_used: list[int] = []  # the same as _next_position, on the host
+
+    @torch.inference_mode()
+    def reserve(self, slots: int, length: int) -> None:
+        """Make room for at least this many rows and positions; what is cached stays. May run out of memory."""
+        slots, length = round_up(slots, MIN_ROWS), round_up(length, LENGTH_STEP)
+        if slots <= self.num_slots and length <= self.length:
+            return
+        slots, length = max(slots, self.num_slots), max(length, self.length)
+        kv, bias, next_position = self._new_cache(slots, length)
+        kv[:, :, : self.num_slots, :, : self.length] = self._kv
+        bias[: self.num_slots, : self.length] = self._bias
+        next_position[: self.num_slots] = self._next_position
+        self._kv, self._bias, self._next_position = kv, bias, next_position
+        self._num_used += [0] * (slots - self.num_slots)
+        self.num_slots, self.length = slots, length
+
+    def _new_cache(self, slots: int, length: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values (layer, 2, slot, K, L, E); attention bias (slot, L); next position (slot,)."""
+        c, device = self.config, self.device
+        shape = (c.num_layers, 2, slots, c.num_kv_heads, length, c.head_dim)
+        return (
+            torch.zeros(shape, dtype=self.dtype, device=device),
+            torch.full((slots, length), float("-inf"), dtype=self.dtype, device=device),
+            torch.zeros(slots, dtype=torch.int64, device=device),
+        )
+
+    @torch.inference_mode()
+    def prefill(
+        self, ids: Sequence[Sequence[int]], visual_positions: Sequence[Sequence[int]], visual_rows: Sequence[Tensor],
+        first_slot: int,
+    ) -> Tensor:  # fmt: skip
+        """Fill slots from `first_slot` on with prompts; float32 logits (B, V) of what follows each.
+
+        Args:
+            ids: token ids of each prompt; their lengths must round up to the same multiple of LENGTH_STEP.
+            visual_positions: where, in each prompt, a visual row replaces the token's own.
+            visual_rows: those rows, (number of positions, D), a tensor a prompt.
+            first_slot: the slots must have been reserved.
+        """
+        lengths = [len(row) for row in ids]
+        batch, padded = len(ids), round_up(max(lengths), LENGTH_STEP)
+        table = torch.zeros(batch, padded, dtype=torch.int64)
+        for i, row in enumerate(ids):
+            table[i, : len(row)] = torch.tensor(row)
+        x = self.llm.embed(table.to(self.device))
+        places = [i * padded + place for i, row in enumerate(visual_positions) for place in row]
+        x.view(-1, x.shape[-1])[torch.tensor(places, device=self.device)] = torch.cat(list(visual_rows)).to(self.dtype)
+        slots = slice(first_slot, first_slot + batch)
+        cos, sin = self._cos[:padded, None], self._sin[:padded, None]
+        for layer, kv in zip(self._layers, self._kv, strict=True):
+            x = layer.prefill(x, cos, sin, kv[:, slots, :, :padded])
+        last = torch.tensor(lengths, device=self.device)
+        written = torch.arange(self.length, device=self.device) < last[:, None]
+        self._bias[slots] = torch.zeros_like(self._bias[slots]).masked_fill_(~written, float("-inf"))
+        self._next_position[slots] = last
+        self._num_used[slots] = lengths
+        return self._logits(x[torch.arange(batch, device=self.device), last - 1])
+
+    @torch.inference_mode()
+    def step(self, tokens: Sequence[int]) -> Tensor:
+        """Append one token to each of the first len(tokens) rows; float32 logits (B, V) of what follows."""
+        num_active, batch = len(tokens), max(len(tokens), MIN_ROWS)
+        padding = [0] * (batch - num_active)
+        x = self.llm.embed(torch.tensor([*tokens, *padding], device=self.device))
+        rows, position = torch.arange(batch, device=self.device), self._next_position[:batch]
+        used = round_up(max(self._num_used[:num_active]) + 1, LENGTH_STEP)
+        self._bias[rows, position] = 0.0
+        bias = self._bias[:batch, None, None, :used]
+        cos, sin = self._cos[position][:, None], self._sin[position][:, None]
+        for layer, kv in zip(self._layers, self._kv, strict=True):
+            x = layer.step(x, cos, sin, kv[:, :batch], rows, position, bias)
+        logits = self._logits(x[:num_active])
+        self._next_position[:num_active] += 1
+        self._num_used[:num_active] = [n + 1 for n in self._num_used[:num_active]]
+        return logits
+
+    @torch.inference_mode()
+    def remove(self, slot: int, last: int) -> None:
+        """Empty `slot`, and let the row in slot `last` continue there."""
+        if slot != last:
+            used = self._num_used[last]
+            self._kv[:, :, slot, :, :used] = self._kv[:, :, last, :, :used]
+            self._bias[slot] = self._bias[last]
+            self._next_position[slot] = self._next_position[last]
+            self._num_used[slot] = used
+        self._next_position[last] = 0
+        self._num_used[last] = 0
+        self._bias[last] = float("-inf")
+
+    def _logits(self, x_BD: Tensor) -> Tensor:
+        padding = max(0, MIN_ROWS - len(x_BD))
+        return self.llm.logits(self.llm.model.norm(F.pad(x_BD, (0, 0, 0, padding))))[: len(x_BD)]
+
+
+class _FusedLayer:
+    """One layer's weights, side by side, and its two forms of forward pass."""
+
+    def __init__(self, layer: Layer, eps: float) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._heads, self._kv_heads, self._head_dim = attention.heads, attention.kv_heads, attention.head_dim
+        self._qkv = _side_by_side([attention.q_proj, attention.k_proj, attention.v_proj])
+        self._gate_up = _side_by_side([mlp.gate_proj, mlp.up_proj])
+        self._out, self._down = attention.o_proj.weight, mlp.down_proj.weight
+        self._norm1, self._norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        self._eps = eps
+
+    def prefill(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, kv_2BKLE: Tensor) -> Tensor:
+        batch, length, _ = x_BLD.shape
+        q, k, v = (t.transpose(1, 2) for t in self._project(x_BLD, cos, sin))
+        kv_2BKLE[0], kv_2BKLE[1] = k, v
+        grouped = self._heads != self._kv_heads
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self._rest(x_BLD, attended.transpose(1, 2).reshape(batch, length, -1))
+
+    def step(
+        self, x_BD: Tensor, cos: Tensor, sin: Tensor, kv_2BKLE: Tensor, rows: Tensor, position: Tensor, bias: Tensor
+    ) -> Tensor:
+        batch, used = len(x_BD), bias.shape[-1]
+        q, k, v = self._project(x_BD, cos, sin)
+        keys, values = kv_2BKLE[0], kv_2BKLE[1]
+        keys[rows, :, position] = k
+        values[rows, :, position] = v
+        # The heads that share keys and values are the query positions of one attention: nothing is repeated.
+        q = q.reshape(batch, self._kv_heads, -1, self._head_dim)
+        attended = F.scaled_dot_product_attention(q, keys[:, :, :used], values[:, :, :used], attn_mask=bias)
+        return self._rest(x_BD, attended.reshape(batch, -1))
+
+    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values, each (..., heads, E)."""
+        x = F.rms_norm(x, x.shape[-1:], self._norm1, self._eps)
+        qkv = F.linear(x, self._qkv).unflatten(-1, (-1, self._head_dim))
+        turned, v = qkv.split((self._heads + self._kv_heads, self._kv_heads), dim=-2)
+        turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, -1), sin)
+        q, k = turned.split((self._heads, self._kv_heads), dim=-2)
+        return q, k, v
+
+    def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + F.linear(attended, self._out)
+        gate, up = F.linear(F.rms_norm(x, x.shape[-1:], self._norm2, self._eps), self._gate_up).chunk(2, dim=-1)
+        return x + F.linear(F.silu(gate) * up, self._down)
+
+
+def _side_by_side(linears: Sequence[nn.Linear]) -> Tensor:
+    """One weight with the rows of all; the layers' own parameters become views of it."""
+    fused = torch.cat([linear.weight.detach() for linear in linears])
+    start = 0
+    for linear in linears:
+        rows = linear.weight.shape[0]
+        linear.weight.data = fused[start : start + rows]
+        start += rows
+    return fused
