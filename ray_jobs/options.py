@@ -52,7 +52,7 @@ def command(
     ]
 
     def call(config_file: Path | None, as_json: bool, **options: Any) -> None:
-        finish(run(build(config, options, config_file)), as_json)
+        finish(run(build(config, options, config_file, arguments=arguments)), as_json)
 
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -64,6 +64,7 @@ def build(
     options: Mapping[str, Any],
     config_file: Path | None = None,
     base: Mapping[str, Any] | None = None,
+    arguments: Sequence[str] = (),
 ) -> Any:
     """The config from options, then a YAML file, then `base`; options that are None or empty are not given.
 
@@ -76,7 +77,7 @@ def build(
     try:
         return config.model_validate(values)
     except ValidationError as error:
-        raise ValueError("\n".join(_sentence(config, e) for e in error.errors())) from error
+        raise ValueError("\n".join(_sentence(config, e, arguments) for e in error.errors())) from error
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -109,7 +110,10 @@ def _keyword(name: str, kind: Any, default: Any, hint: Any) -> inspect.Parameter
 
 
 def _option_name(name: str, annotation: Any) -> str:
+    """`--num-samples`, `--fast/--no-fast`; of a list, which is given an item at a time, the singular: `--prompt`."""
     flag = "--" + name.replace("_", "-")
+    if get_origin(annotation) is list:
+        return flag.removesuffix("s")
     return f"{flag}/--no-{flag[2:]}" if annotation is bool else flag
 
 
@@ -157,14 +161,16 @@ def _default(field: FieldInfo) -> str:
     return f" [default: {default.value if isinstance(default, Enum) else default}]"
 
 
-def _sentence(config: type[BaseModel], error: Any) -> str:
+def _sentence(config: type[BaseModel], error: Any, arguments: Sequence[str]) -> str:
     """One validation error as a sentence that names the option."""
     name = str(error["loc"][0]) if error["loc"] else ""
-    option = f"--{name.replace('_', '-')}"
-    if len(error["loc"]) > 1 and get_origin(_without_none(config.model_fields[name].annotation)) is tuple:
-        return f"{option} takes values separated by commas, each as it should be; item {error['loc'][1]} is not"
+    field = config.model_fields.get(name)
+    kind, metavar = _option_type(field.annotation) if field else (str, None)
+    option = name.upper() if name in arguments else _option_name(name, kind).partition("/")[0]
+    if len(error["loc"]) > 1 and metavar and metavar != "YAML":
+        return f"{option} takes {metavar}: {metavar.count('N')} numbers with commas between them"
     if error["type"] == "missing":
-        return f"{option} is missing: {config.model_fields[name].description or 'it has no default'}"
+        return f"{option} is missing: {(field and field.description) or 'it has no default'}"
     if error["type"] == "extra_forbidden":
         close = difflib.get_close_matches(name, config.model_fields, n=1)
         return f"there is no setting {name!r}" + (f"; did you mean {close[0]!r}?" if close else "")

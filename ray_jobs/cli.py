@@ -1,0 +1,186 @@
+"""The `meddam` command: every job and tool of the project, one sub-command each.
+
+    meddam ingest phantoms s3://bucket/phantoms
+    meddam caption s3://bucket/phantoms --out s3://bucket/runs/one --model /weights/DAM-3B
+    meddam report s3://bucket/runs/one
+
+Options are the fields of each job's Config (ray_jobs.options). Exit codes are those of ray_jobs.summary; what a user
+can mend is one line on stderr and exit code 2, with a traceback only under --debug.
+
+Importing this file, and so every `--help`, loads neither Ray nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import typer
+from pydantic import BaseModel
+
+from meddam_core import __version__
+from meddam_core.storage import explain
+from ray_jobs import audit, caption, describe, report
+from ray_jobs.lease import LeaseHeld
+from ray_jobs.options import build, command
+from ray_jobs.run_directory import RUN, RunDirectory
+from ray_jobs.summary import EXIT_CONFIG, EXIT_HELD, EXIT_INCOMPLETE
+
+EXIT_DIFFERENT = 1
+"""`meddam verify` found a stage that differs."""
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="meddam",
+    help="Region captions for medical images by the million. A research tool: not for diagnosis.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_UsageError: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+"""What typer raises for options that don't exist; it carries its own copy of click, which names it nowhere else."""
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"meddam {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,  # read by main
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and the result.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    level = logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    for name in ("botocore", "boto3", "urllib3", "matplotlib", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def _job(
+    name: str, config: type[BaseModel], run: Callable[[Any], Any], arguments: Sequence[str], flags: dict[str, str],
+    about: str, group: typer.Typer = app,
+) -> None:  # fmt: skip
+    """Registers a job: its Config as options, its summary on stdout, its exit code."""
+    group.command(name, help=about)(command(config, run, finish=_finish, arguments=arguments, flags=flags))
+
+
+def _finish(summary: Any, as_json: bool) -> None:
+    typer.echo(summary.model_dump_json(indent=2) if as_json else "\n".join(summary.lines()))
+    raise typer.Exit(summary.exit_code)
+
+
+_job(
+    "caption", caption.Config, caption.run, ["shards"], {"out": "-o", "model": "-m"},
+    "Describe every region of every image in SHARDS. Run the same command again to resume.",
+)  # fmt: skip
+_job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
+_job("report", report.Config, report.run, ["run"], {"out": "-o"}, "Write the HTML report of a finished run.")
+
+
+@app.command("retry")
+def _retry(
+    run: Annotated[str, typer.Argument(help="The run directory, on S3 or disk.", show_default=False)],
+    config_file: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings that may change.")
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Caption again what failed in a published run.
+
+    The captions are a further attempt; where it succeeds they replace the failed ones in a new generation.
+    """
+    described = RunDirectory(run).read_json(RUN)
+    if described is None:
+        raise ValueError(f"{run} is not a run directory: it has no {RUN}; give the --out of `meddam caption`")
+    cfg = build(caption.Config, {}, config_file, described["config"] | {"out": run})
+    _finish(caption.run(cfg, retry=True), as_json)
+
+
+@app.command("audit")
+def _audit(
+    run: Annotated[str, typer.Argument(help="The run directory, on S3 or disk.", show_default=False)],
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare captions with input: missing, duplicated, failed."""
+    found = audit.audit(RunDirectory(run))
+    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else _audit_text(found))
+    raise typer.Exit(0 if found.clean else EXIT_INCOMPLETE)
+
+
+def _audit_text(found: audit.Audit) -> str:
+    state = "clean" if found.clean else "not clean" if found.published else "not published yet"
+    lines = [f"{state}: {found.num_images:,} images, {found.num_regions:,} regions"]
+    for name in ("expected", "published", "missing", "duplicated", "unexpected"):
+        lines.append(f"  {getattr(found, 'num_' + name):>10,}  {name}")
+    lines += [f"  {count:>10,}  {status}" for status, count in sorted(found.by_status.items())]
+    lines += [f"  {count:>10,}    {reason}" for reason, count in sorted(found.by_reason.items())]
+    return "\n".join(lines)
+
+
+@app.command("verify")
+def _verify(
+    oracle: Annotated[Path, typer.Option(help="Oracle folder: saved activations of the reference.")],
+    checkpoint: Annotated[Path | None, typer.Option(help="DAM checkpoint folder; by default the oracle's own.")] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Compare a DAM with the reference, stage by stage."""
+    from meddam_core.dam.verify import render_text, verify
+
+    found = verify(checkpoint, oracle)
+    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else render_text(found))
+    raise typer.Exit(0 if found.passed else EXIT_DIFFERENT)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command line and ends the process with its exit code. The one place where errors become sentences."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = app(args, prog_name="meddam", standalone_mode=False)
+    except _UsageError as error:
+        error.show()
+        sys.exit(EXIT_CONFIG)
+    except (typer.Abort, KeyboardInterrupt):
+        _end(EXIT_INTERRUPTED, "stopped; run the same command again to go on")
+    except LeaseHeld as error:
+        _end(EXIT_HELD, str(error))
+    except (ValueError, OSError) as error:
+        line = _sentence(error)
+        if line is None or "--debug" in args:
+            raise
+        _end(EXIT_CONFIG, line)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _sentence(error: ValueError | OSError) -> str | None:
+    """What the user can mend; None for errors that only a traceback explains."""
+    if isinstance(error, ValueError):
+        return str(error)
+    if "AWS Error" in str(error):  # pyarrow's own, from a place that expected the bucket to be there
+        return explain("the bucket", error)
+    text = str(error)
+    if isinstance(error, FileNotFoundError | PermissionError | NotADirectoryError) or "is a directory" in text.lower():
+        return text.rpartition("Errno")[2].partition("]")[2].partition(". Detail")[0].strip() or text
+    return None
+
+
+def _end(code: int, line: str) -> NoReturn:
+    typer.echo(f"meddam: {line}", err=True)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
