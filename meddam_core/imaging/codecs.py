@@ -6,7 +6,7 @@
 | RLE                            | pylibjpeg-rle                             | MIT     |
 | JPEG 8-bit                     | Pillow (libjpeg-turbo)                    | HPND    |
 | JPEG-LS                        | pyjpegls, with the extra `jpegls`         | MIT     |
-| JPEG lossless, JPEG 12-bit     | python-gdcm, with the extra `gdcm`        | BSD     |
+| JPEG lossless, JPEG 12-bit     | imagecodecs, with the extra `jpeg`        | BSD-3   |
 | deflated frames                | zlib                                      |         |
 
 Nothing falls back to another decoder: a missing one is RowError(unsupported_codec) that names the extra. The sizes in a
@@ -235,7 +235,7 @@ def _jpeg(src: bytes, fmt: FrameFormat, limits: Limits) -> Frame:
     sof = _sof(src)
     _expect(fmt, rows=sof.rows, columns=sof.columns, samples=len(sof.component_ids))
     if sof.bits != 8 or sof.process == 0xC3:
-        return _gdcm(src, fmt, limits)
+        return _jpeg_deep(src, fmt, sof)
     image = Image.open(io.BytesIO(src), formats=("JPEG",))
     photometric = _colour(sof, fmt)
     if fmt.samples == 3 and sof.stores_ybr is not False:
@@ -258,8 +258,15 @@ def _jpeg_ls(src: bytes, fmt: FrameFormat, limits: Limits) -> Frame:
     return Frame(samples, _colour(sof, fmt), sof.bits, _version("pyjpegls"))
 
 
-def _gdcm(src: bytes, fmt: FrameFormat, limits: Limits) -> Frame:
-    raise RowError(Reason.UNSUPPORTED_CODEC, "lossless and 12-bit JPEG pixel data need a decoder that is not installed")
+def _jpeg_deep(src: bytes, fmt: FrameFormat, sof: _Sof) -> Frame:
+    """Lossless JPEG of 2 to 16 bits and 12-bit JPEG."""
+    imagecodecs = _need("imagecodecs", "jpeg", "Lossless and 12-bit JPEG")
+    raw_colours = imagecodecs.JPEG8.CS.YCbCr if fmt.samples == 3 else imagecodecs.JPEG8.CS.GRAYSCALE
+    raw = imagecodecs.jpeg8_decode(src, colorspace=raw_colours, outcolorspace=raw_colours)
+    samples = _array(np.ascontiguousarray(raw).reshape(-1), raw.dtype.str, fmt)
+    if fmt.signed:  # JPEG knows no sign
+        samples = with_sign(samples, sof.bits, signed=True)
+    return Frame(samples, _colour(sof, fmt), sof.bits, f"{_version('imagecodecs')} libjpeg-turbo")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -86,11 +86,11 @@ def _check_has_pixels(file: DicomFile, header: Header) -> None:
         raise RowError(Reason.CORRUPT, "the DICOM file has no dataset")
     if header.items("EncryptedAttributesSequence"):
         raise RowError(Reason.ENCRYPTED, "the DICOM file has encrypted attributes and no pixel data")
-    sop_class = UID(header.text("SOPClassUID") or "")
+    sop_class = UID(header.text("SOPClassUID") or file.media_class)
     known = sop_class.name if sop_class.is_valid and sop_class.name != str(sop_class) else ""
     if "Image Storage" in known or "Segmentation" in known or header.integer("Rows"):
         raise RowError(Reason.NO_PIXELS, "a DICOM image without pixel data: cut short, or only its header")
-    if not known and "SOPClassUID" not in file.dataset and "Modality" not in file.dataset:
+    if not sop_class and "Modality" not in file.dataset:
         raise RowError(Reason.NO_PIXELS, "a DICOM dataset without pixel data")
     raise RowError(Reason.NOT_AN_IMAGE, f"a DICOM object without pixels: {known or 'of an unknown class'}")
 

@@ -25,6 +25,8 @@ GE_PRIVATE_BIG = "1.2.840.113619.5.2"
 """GE's implicit little endian header with big endian pixel data."""
 NATIVE = (IMPLICIT_LITTLE, EXPLICIT_LITTLE, DEFLATED, EXPLICIT_BIG, GE_PRIVATE_BIG)
 
+_MEDIA_CLASS, _TRANSFER_SYNTAX = 0x0002, 0x0010
+"""Elements of group 2."""
 _PIXEL_DATA = 0x7FE00010
 _PIXEL_TAGS = (0x7FE00008, 0x7FE00009, _PIXEL_DATA)
 _LONG_VRS = (b"OB", b"OD", b"OF", b"OL", b"OV", b"OW", b"SQ", b"SV", b"UC", b"UN", b"UR", b"UT", b"UV")
@@ -36,6 +38,8 @@ class DicomFile:
     """A file taken apart. `dataset` still holds everything, also the patient: it must not leave this package."""
 
     transfer_syntax: str
+    media_class: str
+    """Media Storage SOP Class UID of the file meta; "" if it has none."""
     little_endian: bool
     dataset: Dataset = field(repr=False)
     pixel_tag: int | None
@@ -57,7 +61,7 @@ def open_dicom(data: bytes, limits: Limits) -> DicomFile:
     start = 132 if data[128:132] == b"DICM" else 0
     if start == 0:
         notes.append("no preamble")
-    syntax, at = _file_meta(data, start)
+    syntax, media_class, at = _file_meta(data, start)
     if syntax == DEFLATED:
         data, at = inflate(memoryview(data)[at:], wbits=-15, limits=limits), 0
     if not syntax:
@@ -72,6 +76,7 @@ def open_dicom(data: bytes, limits: Limits) -> DicomFile:
     end = len(data) if length == _UNDEFINED else min(len(data), value_at + length)
     return DicomFile(
         transfer_syntax=syntax,
+        media_class=media_class,
         little_endian=little and syntax != GE_PRIVATE_BIG,
         dataset=dataset,
         pixel_tag=tag,
@@ -82,9 +87,12 @@ def open_dicom(data: bytes, limits: Limits) -> DicomFile:
     )
 
 
-def _file_meta(data: bytes, start: int) -> tuple[str, int]:
-    """The transfer syntax ("" if missing) and where the dataset begins; group 2 is always explicit little endian."""
-    at, syntax = start, ""
+def _file_meta(data: bytes, start: int) -> tuple[str, str, int]:
+    """Transfer syntax, media storage class ("" if missing), and where the dataset begins.
+
+    Group 2 is always explicit little endian; its group length is not believed.
+    """
+    at, found = start, {_MEDIA_CLASS: "", _TRANSFER_SYNTAX: ""}
     while at + 8 <= len(data):
         group, element, vr = struct.unpack_from("<HH2s", data, at)
         if group != 0x0002:
@@ -98,14 +106,15 @@ def _file_meta(data: bytes, start: int) -> tuple[str, int]:
         else:  # written with implicit VR, against the standard
             length, header = struct.unpack_from("<I", data, at + 4)[0], 8
         value = data[at + header : at + header + length]
-        if element == 0x0010:
-            syntax = value.decode("ascii", "replace").strip("\x00 ")
+        if element in found:
+            found[element] = value.decode("ascii", "replace").strip("\x00 ")
         at += header + length
     if at > len(data):
         raise RowError(Reason.CORRUPT, "the DICOM file ends within its first group")
+    syntax = found[_TRANSFER_SYNTAX]
     if syntax and not UID(syntax).is_valid:
         raise RowError(Reason.CORRUPT, "the transfer syntax is not a valid identifier")
-    return syntax, at
+    return syntax, found[_MEDIA_CLASS], at
 
 
 def _guess_syntax(first: bytes) -> str:
