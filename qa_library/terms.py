@@ -1,0 +1,137 @@
+"""The small language of words in templates, and the words of a text.
+
+    "pleural effusion"                     these words in a row, in singular or plural, in any spelling of English
+    "enlarged/dilated aorta"               one of several words at a place
+    "aorta .. enlarged"                    up to four words between
+    "atelecta*"                            words that begin so
+
+Notes:
+- Spelling is folded to the American form (oedema -> edema) and hyphens split words (part-solid -> part solid).
+- Plurals are folded by rule; irregular medical plurals by table.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from dataclasses import dataclass
+from functools import cache
+
+GAP = 4
+"""Words that `..` may stand for."""
+
+_WORD = re.compile(r"[a-z]+|\d+(?:\.\d+)?|[.,;:!?()]|[<>~%]")
+_SPELLING = (
+    ("haem", "hem"), ("oedema", "edema"), ("colour", "color"), ("grey", "gray"), ("centre", "center"),
+    ("fibre", "fiber"), ("tumour", "tumor"), ("ischaem", "ischem"), ("leucocyt", "leukocyt"), ("oesoph", "esoph"),
+)  # fmt: skip
+_PLURALS = {
+    "masses": "mass", "bullae": "bulla", "vesiculae": "vesicle", "maculae": "macula", "nuclei": "nucleus",
+    "atelectases": "atelectasis", "metastases": "metastasis", "diagnoses": "diagnosis", "calculi": "calculus",
+    "apices": "apex", "apexes": "apex", "bases": "base", "fistulae": "fistula", "telangiectases": "telangiectasia",
+    "purpurae": "purpura", "ulcers": "ulcer", "foci": "focus", "hila": "hilum", "bronchi": "bronchus",
+    "pleurae": "pleura", "scleroses": "sclerosis", "comedones": "comedo", "comedos": "comedo", "strata": "stratum",
+    "lobi": "lobe", "opacities": "opacity", "cavities": "cavity", "densities": "density", "bodies": "body",
+    "pneumothoraces": "pneumothorax", "hydrothoraces": "hydrothorax", "mitoses": "mitosis", "necroses": "necrosis",
+    "fibroses": "fibrosis", "stigmata": "stigma", "arteries": "artery", "boundaries": "boundary",
+    "teeth": "tooth", "feet": "foot",
+}  # fmt: skip
+_KEEP_S = frozenset({
+    "is", "was", "has", "this", "his", "its", "as", "us", "thus", "plus", "versus", "loss", "mass", "less", "thickness",
+    "pus", "focus", "nucleus", "bronchus", "lens", "always", "across", "gas", "pancreas", "redness", "various", "gross",
+    "does", "unless", "whereas", "perhaps", "series", "diabetes", "herpes", "dress", "pes",
+})  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """A folded word or punctuation mark of a text, with where it stood."""
+
+    word: str
+    start: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """A compiled term: what may stand at each place. None is a gap of up to four words."""
+
+    source: str
+    places: tuple[tuple[str, ...] | None, ...]
+
+    def match(self, words: list[str], at: int) -> int | None:
+        """Where a match that begins at word `at` ends (the shortest), or None. Gaps cross no punctuation but commas."""
+        return _match(self.places, words, 0, at)
+
+
+def fold(text: str) -> str:
+    """Lower case, plain ASCII letters, American spelling; of the same length only by chance."""
+    text = unicodedata.normalize("NFKD", text.lower()).replace("’", "'").replace("'s", "")
+    for british, american in _SPELLING:
+        text = text.replace(british, american)
+    return text
+
+
+def singular(word: str) -> str:
+    """A word without its plural ending."""
+    if word in _PLURALS:
+        return _PLURALS[word]
+    if word in _KEEP_S or len(word) < 4 or not word.endswith("s") or word.endswith(("ss", "us", "is", "ous")):
+        return word
+    if word.endswith("ies"):
+        return word[:-3] + "y"
+    if word.endswith(("sses", "shes", "ches", "xes")):
+        return word[:-2]
+    return word[:-1]
+
+
+def tokens(text: str) -> list[Token]:
+    """The folded words and punctuation marks of a text. Offsets are those of the folded text."""
+    folded = fold(text)
+    return [Token(singular(m.group()), m.start(), m.end()) for m in _WORD.finditer(folded)]
+
+
+@cache
+def compile_term(term: str) -> Pattern:
+    """A term as a pattern. Raises ValueError for one that is empty or begins or ends with a gap."""
+    places: list[tuple[str, ...] | None] = []
+    for part in term.split():
+        if part == "..":
+            places.append(None)
+            continue
+        choices = [_fold_words(choice) for choice in part.split("/")]
+        if len(choices) == 1:
+            places += [(word,) for word in choices[0]]
+        elif any(len(words) != 1 for words in choices):
+            raise ValueError(f"the term {term!r}: each of the words between slashes must be one word")
+        else:
+            places.append(tuple(words[0] for words in choices))
+    if not places or places[0] is None or places[-1] is None or any(p == () for p in places):
+        raise ValueError(f"the term {term!r} needs words, and words at both ends of a gap")
+    return Pattern(term, tuple(places))
+
+
+def _fold_words(text: str) -> list[str]:
+    words = re.findall(r"[a-z]+\*?|\d+(?:\.\d+)?", fold(text))
+    return [w if w.endswith("*") else singular(w) for w in words]
+
+
+def _match(places: tuple[tuple[str, ...] | None, ...], words: list[str], place: int, at: int) -> int | None:
+    if place == len(places):
+        return at
+    choices = places[place]
+    if choices is None:
+        for skipped in range(GAP + 1):
+            end = _match(places, words, place + 1, at + skipped)
+            if end is not None:
+                return end
+            if at + skipped >= len(words) or words[at + skipped] in ".;:!?()":
+                return None
+        return None
+    if at < len(words) and any(_same(choice, words[at]) for choice in choices):
+        return _match(places, words, place + 1, at + 1)
+    return None
+
+
+def _same(choice: str, word: str) -> bool:
+    return word.startswith(choice[:-1]) if choice.endswith("*") else word == choice
