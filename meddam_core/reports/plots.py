@@ -5,10 +5,12 @@ Matplotlib draws with stand-in colours; each is then replaced by a CSS variable 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import re
 from collections.abc import Sequence
+from html import escape
 
 INK, MUTED, GRID, BAR = "#010203", "#010204", "#010205", "#010206"
 _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", BAR: "var(--accent)"}
@@ -64,8 +66,12 @@ def _for_page(svg: str, alt: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     view_box = re.search(r'viewBox="([^"]+)"', svg)
     assert view_box is not None
-    name = alt.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")
-    svg = re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{name}" viewBox="{view_box[1]}">', svg, count=1)
+    svg = re.sub(r"<svg[^>]*>", f'<svg role="img" aria-label="{escape(alt)}" viewBox="{view_box[1]}">', svg, count=1)
+    svg = re.sub(
+        r"<style.*?</style>|<g id=\"[^\"]*\"", lambda m: "<g" if m[0].startswith("<g") else "", svg, flags=re.DOTALL
+    )
+    own = hashlib.blake2b(alt.encode(), digest_size=4).hexdigest()  # ids of two plots on a page must differ
+    svg = re.sub(r"(id=\"|#)([pm][0-9a-f]{10})", rf"\g<1>{own}-\2", svg)
     svg = re.sub(r"font: [^;\"]*?([\d.]+)px[^;\"]*", r"font-size: \1px", svg)
     for stand_in, variable in _VARIABLES.items():
         svg = svg.replace(stand_in, variable)

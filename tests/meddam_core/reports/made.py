@@ -23,7 +23,7 @@ OUTCOMES = [
 ]
 
 
-def sample_captions(num: int, seed: int = 0) -> list[Caption]:
+def made_captions(num: int, seed: int = 0) -> list[Caption]:
     """`num` captions over three datasets and all statuses, two regions an image."""
     rng = np.random.default_rng(seed)
     captions = []
@@ -48,14 +48,14 @@ def sample_captions(num: int, seed: int = 0) -> list[Caption]:
     return captions
 
 
-def sample_tally(captions: list[Caption]) -> CaptionTally:
+def made_tally(captions: list[Caption]) -> CaptionTally:
     """The tally of captions, by way of the published table's schema."""
     tally = CaptionTally()
     tally.add(pa.Table.from_pylist([to_row(c) for c in captions], schema=arrow_schema(Caption)))
     return tally
 
 
-def sample_entry(caption: Caption, with_mask: bool) -> GalleryEntry:
+def made_entry(caption: Caption, with_mask: bool) -> GalleryEntry:
     """A gallery entry whose picture shows an ellipse in the caption's box."""
     x0, y0, x1, y1 = caption.box
     yy, xx = np.mgrid[: caption.height, : caption.width]
@@ -71,7 +71,7 @@ def sample_entry(caption: Caption, with_mask: bool) -> GalleryEntry:
     )
 
 
-def sample_facts() -> RunFacts:
+def made_facts() -> RunFacts:
     """The facts of the made-up run."""
     return RunFacts(
         title="vindr-and-friends", run="s3://lab/runs/vindr-and-friends", state="incomplete", generation=2,
