@@ -110,6 +110,7 @@ class Scheduler(RaggedBatchBase):  # type: ignore[misc]
     def step(self) -> list[int]:
         """One forward at most; the sequences that ended in it."""
         if not len(self.scheduled_requests):
+            self._reset_scheduler_bookkeeping()  # a cancelled request may have left its tokens counted
             self.schedule_requests()
         self._finished = []
         started, new_tokens = time.perf_counter(), max(self.scheduled_requests.requests_to_run.lengths, default=0)
