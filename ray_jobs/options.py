@@ -100,7 +100,7 @@ def _parameter(name: str, field: FieldInfo, positional: bool, short: str | None)
     if positional:
         hint = typer.Argument(help=field.description, metavar=metavar or name.upper(), show_default=False)
     else:
-        names = [n for n in (_option_name(name, annotation), short) if n]
+        names = [n for n in (_option_name(name, annotation, on=field.default is True), short) if n]
         hint = typer.Option(*names, help=f"{field.description or ''}{_default(field)}", metavar=metavar)
     return _keyword(name, annotation | None, None, hint)
 
@@ -109,12 +109,12 @@ def _keyword(name: str, kind: Any, default: Any, hint: Any) -> inspect.Parameter
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, hint])
 
 
-def _option_name(name: str, annotation: Any) -> str:
-    """`--num-samples`, `--fast/--no-fast`; of a list, which is given an item at a time, the singular: `--prompt`."""
+def _option_name(name: str, annotation: Any, on: bool = False) -> str:
+    """`--num-samples`, `--dry-run`, `--fast/--no-fast` where that is on; of a list the singular, as in `--prompt`."""
     flag = "--" + name.replace("_", "-")
     if get_origin(annotation) is list:
         return flag.removesuffix("s")
-    return f"{flag}/--no-{flag[2:]}" if annotation is bool else flag
+    return f"{flag}/--no-{flag[2:]}" if annotation is bool and on else flag
 
 
 def _option_type(annotation: Any) -> tuple[Any, str | None]:
@@ -166,7 +166,7 @@ def _sentence(config: type[BaseModel], error: Any, arguments: Sequence[str]) -> 
     name = str(error["loc"][0]) if error["loc"] else ""
     field = config.model_fields.get(name)
     kind, metavar = _option_type(field.annotation) if field else (str, None)
-    option = name.upper() if name in arguments else _option_name(name, kind).partition("/")[0]
+    option = name.upper() if name in arguments else _option_name(name, kind)
     if len(error["loc"]) > 1 and metavar and metavar != "YAML":
         return f"{option} takes {metavar}: {metavar.count('N')} numbers with commas between them"
     if error["type"] == "missing":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +26,7 @@ from ray_jobs.audit import Audit, images_in
 from ray_jobs.checkpoints import committed_ids, repair
 from ray_jobs.fingerprint import STAGES, differences, inputs_digest, weights_digest
 from ray_jobs.monitor import Totals
-from ray_jobs.progress import speed_line
+from ray_jobs.progress import speed_figures, speed_line
 from ray_jobs.publish import Generation
 from ray_jobs.run_directory import RUN, SUMMARY, InputShard, RunDirectory
 from ray_jobs.snapshot import changed, snapshot
@@ -147,7 +148,7 @@ def finish_summary(
         missing = found.num_missing if found else plan.num_regions_left
         why = f"{missing:,} captions are missing; run the same command again"
     if found is not None and found.clean and found.num_published and found.by_status == {"failed": found.num_published}:
-        state, why = "stopped", "every caption failed"
+        state, why = "stopped", "every caption failed; mend the cause, then run `meddam retry`"
     assert plan.spec is not None
     return Summary(
         state=state, why=why, generation=generation.number if generation else None, attempt=plan.attempt,
@@ -155,10 +156,11 @@ def finish_summary(
         num_captions=found.num_published if found else 0, by_status=found.by_status if found else {},
         by_reason=found.by_reason if found else dict(totals.by_reason),
         num_tokens=generation.num_tokens if generation else totals.num_tokens, engine=plan.spec.engine,
-        kernels=plan.spec.kernels, audit=found.to_json() if found else None, session={
+        kernels=plan.spec.kernels, finished_at=_now(), audit=found.to_json() if found else None, session={
             "num_images": totals.num_images, "num_regions": totals.num_regions, "num_tokens": totals.num_tokens,
             "seconds": round(time.monotonic() - started, 1), "worker_deaths": totals.num_deaths,
             "quarantined": [str(i) for i in totals.quarantined], "speed": speed_line(totals),
+            **speed_figures(totals),
         },
     )  # type: ignore[arg-type]  # fmt: skip
 
@@ -192,6 +194,7 @@ def _fingerprint(
 def _description(plan: Plan, spec: CaptionerSpec) -> dict[str, Any]:
     return {
         "meddam": __version__,
+        "begun_at": _now(),
         "model": plan.model_name,
         "config": plan.cfg.model_dump(mode="json"),
         "fingerprint": plan.fingerprint | {"engine": spec.facts},
@@ -200,6 +203,10 @@ def _description(plan: Plan, spec: CaptionerSpec) -> dict[str, Any]:
         "licence": "captions inherit the licences of the weights and of the images; see docs/licences.md",
         "not_for_diagnosis": True,
     }
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(sep=" ", timespec="seconds")
 
 
 def _version(package: str) -> str | None:

@@ -68,7 +68,8 @@ def progress_line(totals: Totals, num_images: int, num_regions: int, elapsed_s: 
     parts = [
         f"{share:4.0%} {totals.num_images:,}/{num_images:,} images", f"{totals.num_regions:,} regions",
         f"{rate:.1f} regions/s", f"{duration(left)} left" if rate and share < 1 else "",
-        f"{totals.num_failed:,} failed" if totals.num_failed else "", f"{totals.num_deaths} worker deaths" if totals.num_deaths else "",
+        f"{totals.num_failed:,} failed" if totals.num_failed else "",
+        f"{totals.num_deaths} worker deaths" if totals.num_deaths else "",
     ]  # fmt: skip
     return " · ".join(p for p in parts if p)
 
@@ -80,13 +81,23 @@ def duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
-def speed_line(totals: Totals) -> str:
-    """Regions/s, tokens/s and how much of the time the captioners had work, from their start to the last caption."""
+def speed_figures(totals: Totals) -> dict[str, float]:
+    """Rates and the captioners' busy share, from their start to the last caption; {} where nothing was captioned."""
     if totals.first_report_s is None or totals.last_report_s is None or not totals.num_regions:
-        return "speed: nothing was captioned in this session"
+        return {}
     wall_s = max(totals.last_report_s - totals.first_report_s, 1e-6)
     busy = sum(totals.busy_s.values()) / (wall_s * max(1, len(totals.busy_s)))
+    return {
+        "captioning_s": round(wall_s, 3), "regions_per_s": round(totals.num_regions / wall_s, 3),
+        "tokens_per_s": round(totals.num_tokens / wall_s, 2), "busy_share": round(min(busy, 1.0), 4),
+    }  # fmt: skip
+
+
+def speed_line(totals: Totals) -> str:
+    """The figures as one line."""
+    if not (f := speed_figures(totals)):
+        return "speed: nothing was captioned in this session"
     return (
-        f"speed: {totals.num_regions / wall_s:.2f} regions/s · {totals.num_tokens / wall_s:.1f} tokens/s · "
-        f"captioners busy {min(busy, 1.0):.0%} of {duration(wall_s)}"
+        f"speed: {f['regions_per_s']:.2f} regions/s · {f['tokens_per_s']:.1f} tokens/s · "
+        f"captioners busy {f['busy_share']:.0%} of {duration(f['captioning_s'])}"
     )

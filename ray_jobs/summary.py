@@ -37,6 +37,8 @@ class Summary(BaseModel):
     num_tokens: int = 0
     engine: str
     kernels: str
+    finished_at: str | None = None
+    """When this summary was made, UTC."""
     audit: dict[str, Any] | None = None
     session: dict[str, Any] = {}
     """The last driver's own figures: what it captioned, seconds, speed, worker deaths, quarantined images."""
