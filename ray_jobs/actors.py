@@ -238,6 +238,7 @@ class DescribeRegions:
         stop: str | None = ray.get(
             self._monitor.report.remote(
                 self._name, num_images=len(done), num_failed=sum(r.status is Status.FAILED for r in done),
+                num_skipped=sum(r.status is Status.SKIPPED for r in done),
                 num_regions=sum(len(r.regions) for r in done), num_tokens=sum(c.num_tokens for c in captions),
                 by_reason=dict(reasons), busy_s=self._captioner.loop.busy_s, first=first,
             )

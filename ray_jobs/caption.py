@@ -26,6 +26,7 @@ from meddam_core.engines.base import Sampling
 from ray_jobs.actors import DescribeRegions, ExtractRegions
 from ray_jobs.audit import audit
 from ray_jobs.captioners import CaptionerSpec, resolve
+from ray_jobs.estimate import Estimate, estimate
 from ray_jobs.lease import Lease
 from ray_jobs.monitor import start_monitor
 from ray_jobs.plan import Plan, finish_summary, open_run
@@ -93,6 +94,8 @@ class Config(BaseModel):
     """Stop when the first so many images all fail."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
+    dry_run: bool = False
+    """Count the input, measure a few images, say what the run would take, and write nothing."""
 
     @property
     def sampling(self) -> Sampling:
@@ -103,7 +106,7 @@ class Config(BaseModel):
         )  # fmt: skip
 
 
-def run(cfg: Config, retry: bool = False) -> Summary:
+def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
     """Captions what is not captioned yet, audits and publishes.
 
     Args:
@@ -115,6 +118,8 @@ def run(cfg: Config, retry: bool = False) -> Summary:
     """
     started = time.monotonic()
     directory = RunDirectory(cfg.out)
+    if cfg.dry_run:
+        return _dry_run(cfg, directory)
     storage.check_writable(directory.uri)
     with Lease(directory.uri, on_lost=_give_way):
         plan = open_run(cfg, directory, retry)
@@ -129,6 +134,13 @@ def run(cfg: Config, retry: bool = False) -> Summary:
                     break
                 stopped = _caption(cfg, plan, spec, monitor)
             return _publish(plan, monitor, stopped, started)
+
+
+def _dry_run(cfg: Config, directory: RunDirectory) -> Estimate:
+    plan = open_run(cfg, directory, retry=False)
+    with session(cfg.num_cpus):
+        spec = resolve(cfg, plan)
+        return estimate(plan, spec, share_cpus(spec.num_captioners, cfg.num_extractors).max_extractors)
 
 
 def _caption(cfg: Config, plan: Plan, spec: CaptionerSpec, monitor: Any) -> str | None:

@@ -7,6 +7,7 @@ the work, and the run's time and size follow from that. Nothing is written.
 from __future__ import annotations
 
 import itertools
+import statistics
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -54,8 +55,8 @@ class Estimate(BaseModel):
         slower = "captioners" if self._describe_s() >= self._extract_s() else "image preparation"
         return [
             f"{self.num_images:,} images, {self.num_regions:,} regions, {self.num_captions:,} captions to make",
-            f"about {duration(self.seconds)} with {self.num_captioners} captioner(s) ({self.engine}, {self.kernels}) at "
-            f"{self.captions_per_s:.2f} captions/s each and up to {self.num_extractors} CPU(s) at "
+            f"about {duration(self.seconds)} with {self.num_captioners} captioner(s) ({self.engine}, {self.kernels}) "
+            f"at {self.captions_per_s:.2f} captions/s each and up to {self.num_extractors} CPU(s) at "
             f"{self.images_prepared_per_s:.1f} images/s each; the {slower} set the pace",
             f"about {self.output_bytes / 1e6:,.1f} MB of captions",
             f"measured on {self.num_measured} captions; starting Ray and loading the model come on top. "
@@ -82,14 +83,14 @@ def estimate(plan: Plan, spec: CaptionerSpec, num_extractors: int) -> Estimate:
         "num_captioners": spec.num_captioners, "num_extractors": num_extractors, "engine": spec.engine,
         "kernels": spec.kernels, "num_measured": found["num_captions"],
         "captions_per_s": found["num_captions"] / found["describe_s"],
-        "images_prepared_per_s": found["num_images"] / found["prepare_s"],
+        "images_prepared_per_s": found["images_prepared_per_s"],
         "output_bytes": round(found["bytes_per_caption"] * num_captions),
     }  # fmt: skip
     rough = Estimate(**shared, seconds=0.0)
     return Estimate(**shared, seconds=max(rough._describe_s(), rough._extract_s()))
 
 
-def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, float]:
+def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, Any]:
     from meddam_core.captioner import RegionPreparer
     from meddam_core.records import RowError
     from meddam_core.shards import read_shard
@@ -97,26 +98,35 @@ def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, floa
     preparer, captioner = RegionPreparer(rules), spec()
     images = (image for uri in uris for image in read_shard(uri) if image.regions)
     prepared: list[Any] = []
-    prepare_s = num_images = 0.0
-    for number, image in enumerate(itertools.islice(images, NUM_WARM_UP + NUM_MEASURED)):
+    times_s: list[float] = []
+    for image in itertools.islice(images, NUM_WARM_UP + NUM_MEASURED):
         started = time.perf_counter()
         try:
             prepared.append(preparer.prepare(image))
         except RowError:
             continue
-        if number >= min(NUM_WARM_UP, 1):
-            prepare_s += time.perf_counter() - started
-            num_images += 1
-    warm_up, measured = prepared[:NUM_WARM_UP], prepared[NUM_WARM_UP:] or prepared
-    if not measured:
+        times_s.append(time.perf_counter() - started)
+    if not prepared:
         raise ValueError("no image with a region could be prepared: there is nothing to measure")
-    captioner.describe([r for some in warm_up for r in some])
+    captioner.describe([r for some in prepared[:NUM_WARM_UP] for r in some])
+    measured = [r for some in prepared[NUM_WARM_UP:] or prepared for r in some]
     started = time.perf_counter()
-    captions = [c for own in captioner.describe([r for some in measured for r in some]) for c in own]
+    captions = [c for own in captioner.describe(measured) for c in own]
     describe_s = time.perf_counter() - started
     captioner.loop.close()
-    text_bytes = sum(len((c.text or "").encode()) for c in captions)
     return {
-        "num_images": max(num_images, 1.0), "prepare_s": max(prepare_s, 1e-6), "num_captions": len(captions),
-        "describe_s": describe_s, "bytes_per_caption": 0.6 * text_bytes / len(captions) + 90,
+        "images_prepared_per_s": 1 / statistics.median(times_s), "num_captions": len(captions),
+        "describe_s": describe_s, "bytes_per_caption": _stored_bytes(captions) / len(captions),
     }  # fmt: skip
+
+
+def _stored_bytes(captions: list[Any]) -> int:
+    """What the captions take in a Parquet file; the columns of their images and regions add little to it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from meddam_core.records import to_row
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([to_row(c) for c in captions]), sink, compression="zstd")
+    return sink.getvalue().size

@@ -18,6 +18,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
+from meddam_core.records import Reason
+
 Stage = Literal["extract", "describe"]
 
 MAX_BATCH_DEATHS = 2
@@ -44,7 +46,9 @@ class Totals:
 
     num_images: int = 0
     num_failed: int = 0
-    """Images without a single caption, for whatever reason but having no region."""
+    """Images without a single caption."""
+    num_skipped: int = 0
+    """Images with nothing to do: they say nothing about the model's health."""
     num_regions: int = 0
     num_tokens: int = 0
     by_reason: Counter[str] = field(default_factory=Counter)
@@ -95,8 +99,8 @@ class RunMonitor:
             self._alone.pop((stage, i), None)
 
     def report(
-        self, captioner: str, *, num_images: int, num_failed: int, num_regions: int, num_tokens: int,
-        by_reason: dict[str, int], busy_s: float, first: bool,
+        self, captioner: str, *, num_images: int, num_failed: int, num_skipped: int = 0, num_regions: int,
+        num_tokens: int, by_reason: dict[str, int], busy_s: float, first: bool,
     ) -> str | None:  # fmt: skip
         """Adds a batch to the totals. Returns why the run must stop, or None. `first` starts a captioner's clock."""
         t = self._totals
@@ -106,6 +110,7 @@ class RunMonitor:
             t.first_report_s = now if t.first_report_s is None else t.first_report_s
         t.num_images += num_images
         t.num_failed += num_failed
+        t.num_skipped += num_skipped
         t.num_regions += num_regions
         t.num_tokens += num_tokens
         t.by_reason.update(by_reason)
@@ -119,8 +124,10 @@ class RunMonitor:
         return self._totals
 
     def _verdict(self) -> str | None:
-        num, failed = self._totals.num_images, self._totals.num_failed
-        reasons = ", ".join(f"{n} {r}" for r, n in self._totals.by_reason.most_common(3))
+        failed = self._totals.num_failed
+        num = self._totals.num_images - self._totals.num_skipped
+        worst = [(r, n) for r, n in self._totals.by_reason.most_common() if r != Reason.NO_REGIONS]
+        reasons = ", ".join(f"{n} {r}" for r, n in worst[:3])
         if failed == num and num >= self._canary_images:
             return f"all of the first {num} images failed ({reasons})"
         if num >= self._min_images and failed > self._max_failed_share * num:

@@ -30,16 +30,21 @@ def s3_endpoint() -> Iterator[str]:
     server.stop()
 
 
-@pytest.fixture
-def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """`s3://BUCKET`, empty, of this test's own; the AWS_* variables that lead to it are set for the test."""
-    for name, value in {
-        "AWS_ENDPOINT_URL": s3_endpoint,
+def s3_environment(endpoint: str) -> dict[str, str]:
+    """The variables that lead to the S3 server."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "test",
         "AWS_SECRET_ACCESS_KEY": "test",
         "AWS_REGION": "us-east-1",
         "AWS_EC2_METADATA_DISABLED": "true",
-    }.items():
+    }
+
+
+@pytest.fixture
+def s3_bucket(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
+    """`s3://BUCKET`, empty, of this test's own; the AWS_* variables that lead to it are set for the test."""
+    for name, value in s3_environment(s3_endpoint).items():
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3", raising=False)
     bucket = f"test-{zlib.crc32(request.node.nodeid.encode())}"

@@ -67,7 +67,7 @@ class EngineLoop:
 
     def _admit(self) -> bool:
         """Takes in what has arrived; sleeps while there is nothing at all. False when it is time to stop."""
-        arrived = []
+        arrived: list[tuple[Request, Future[Result]]] = []
         while not self._inbox.empty() or not (self._waiting or arrived):
             item = self._inbox.get()
             if item is None:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from benchmarks.waiting_engine import WaitingEngine
 from meddam_core.engines.base import Request, Result
@@ -38,3 +41,24 @@ class BrokenEngine(WaitingEngine):
             )
             for r in super().step()
         ]  # fmt: skip
+
+
+MENDED = Path(tempfile.gettempdir()) / f"meddam-mended-{os.getuid()}"
+"""While this file is there, RefusingEngine refuses nothing: a fault that its user has mended."""
+
+
+class RefusingEngine(WaitingEngine):
+    """Fails poisoned regions only."""
+
+    name = "refusing"
+
+    def step(self) -> list[Result]:
+        if MENDED.exists():
+            return super().step()
+        poisoned = {r.request_id for r in self._queue if (r.views_N8SS[0, :3] == POISON).all()}
+        return [
+            replace(r, finish_reason="error", reason=Reason.ENGINE_ERROR, detail="refused")
+            if r.request_id in poisoned
+            else r
+            for r in super().step()
+        ]
