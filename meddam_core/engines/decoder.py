@@ -189,11 +189,13 @@ class _FusedLayer:
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (..., heads, E)."""
         x = F.rms_norm(x, x.shape[-1:], self._norm1, self._eps)
-        qkv = F.linear(x, self._qkv).unflatten(-1, (-1, self._head_dim))
-        turned, v = qkv.split((self._heads + self._kv_heads, self._kv_heads), dim=-2)
+        qkv = F.linear(x, self._qkv)
+        qkv = qkv.view(*qkv.shape[:-1], -1, self._head_dim)
+        num_turned = self._heads + self._kv_heads
+        turned = qkv.narrow(-2, 0, num_turned)
         turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, -1), sin)
-        q, k = turned.split((self._heads, self._kv_heads), dim=-2)
-        return q, k, v
+        q, k = turned.narrow(-2, 0, self._heads), turned.narrow(-2, self._heads, self._kv_heads)
+        return q, k, qkv.narrow(-2, num_turned, self._kv_heads)
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + F.linear(attended, self._out)

@@ -3,8 +3,8 @@
     engine = TorchEngine(load_dam("checkpoints/DAM-3B"))
     results = engine.generate(requests)
 
-Requests wait for the vision tower, then for a slot; up to `max_batch` decode at once, and slots are refilled as captions
-end. Prompts are prefilled together with others of about their length.
+Requests wait for the vision tower, then for a slot; up to `max_batch` decode at once, and slots are refilled as
+captions end. Prompts are prefilled together with others of about their length.
 
 Invariants:
 - float32 on the CPU: a request's tokens do not depend on the others, on `max_batch`, or on the order of arrival.
