@@ -277,9 +277,14 @@ def _rle(src: bytes, fmt: FrameFormat, limits: Limits) -> Frame:
     if fmt.bits_allocated % 8:
         raise RowError(Reason.UNSUPPORTED_PIXELS, "RLE pixel data of less than 8 bits a sample")
     rle = importlib.import_module("rle.utils")
-    raw = rle.decode_pixel_data(
-        src, version=2, rows=fmt.rows, columns=fmt.columns, bits_allocated=fmt.bits_allocated, byteorder="<"
-    )
+    try:
+        raw = rle.decode_pixel_data(
+            src, version=2, rows=fmt.rows, columns=fmt.columns, bits_allocated=fmt.bits_allocated, byteorder="<"
+        )
+    except BaseException as panic:  # segments too long end in a Rust panic, which is no Exception
+        if type(panic).__name__ != "PanicException":
+            raise
+        raise RowError(Reason.CORRUPT, "the run lengths don't fit the picture") from None
     samples = _array(raw, fmt.dtype().str, fmt, planar=True)
     photometric = "YBR_FULL" if fmt.photometric == "YBR_FULL_422" else fmt.photometric
     return Frame(samples, photometric, fmt.bits_stored, _version("pylibjpeg-rle"))

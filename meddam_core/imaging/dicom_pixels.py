@@ -211,33 +211,42 @@ def ybr_to_rgb(ybr_HWC: NDArray[Any]) -> NDArray[np.uint8]:
 def palette_to_rgb(index_HW: NDArray[Any], header: Header, little_endian: bool) -> NDArray[np.uint8]:
     """Palette indices -> RGB, uint8; palettes of 16 bits keep their upper 8 (PS3.3 C.7.6.3.1.5-6, C.7.9)."""
     channels = [_palette(header, colour, little_endian) for colour in ("Red", "Green", "Blue")]
-    descriptor = [int(v) for v in header.floats("RedPaletteColorLookupTableDescriptor")]
     size = min(len(c) for c in channels)
-    if len(descriptor) != 3 or size == 0:
-        raise RowError(Reason.CORRUPT, "the colour palette is missing or broken")
-    first = descriptor[1] - (1 << 16) if descriptor[1] >> 15 and index_HW.dtype.kind == "i" else descriptor[1]
     table = np.stack([c[:size] for c in channels], axis=1)
+    if table.max(initial=0) > 255:  # entries of 8 bits may be stored in 16, whatever the descriptor says
+        table >>= 8
+    first = _descriptor(header, "Red")[1]
+    if index_HW.dtype.kind == "i" and first >> 15:
+        first -= 1 << 16
     at = np.clip(index_HW.astype(np.int32) - first, 0, size - 1)
-    return np.ascontiguousarray(table[at])
+    return table.astype(np.uint8)[at]
 
 
-def _palette(header: Header, colour: str, little_endian: bool) -> NDArray[np.uint8]:
-    descriptor = [int(v) for v in header.floats(f"{colour}PaletteColorLookupTableDescriptor")]
-    if len(descriptor) != 3 or descriptor[2] not in (8, 16):
+def _descriptor(header: Header, colour: str) -> list[int]:
+    """(number of entries, first mapped value, bits of an entry)"""
+    values = [int(v) for v in header.floats(f"{colour}PaletteColorLookupTableDescriptor")]
+    if len(values) != 3 or values[2] not in (8, 16):
         raise RowError(Reason.CORRUPT, "the colour palette is missing or broken")
-    size = descriptor[0] or 1 << 16
+    return [values[0] & 0xFFFF or 1 << 16, values[1], values[2]]
+
+
+def _palette(header: Header, colour: str, little_endian: bool) -> NDArray[np.int64]:
+    size, _, bits = _descriptor(header, colour)
     order = "<" if little_endian else ">"
     plain = header.value(f"{colour}PaletteColorLookupTableData")
     segmented = header.value(f"Segmented{colour}PaletteColorLookupTableData")
     if isinstance(plain, bytes):
-        wide = len(plain) >= 2 * size  # 8-bit entries, too, may be stored in 16 bits
-        entries = np.frombuffer(plain, f"{order}u2" if wide else "u1", count=min(size, len(plain) // (1 + wide)))
+        kind = f"{order}u2" if len(plain) >= 2 * size else "u1"
+        width = int(kind[-1])
+        entries = np.frombuffer(plain[: len(plain) // width * width], kind).astype(np.int64)[:size]
     elif isinstance(segmented, bytes):
-        kind = "u1" if descriptor[2] == 8 else f"{order}u2"
-        entries = np.array(_segments(np.frombuffer(segmented, kind).tolist(), size), np.int64)[:size]
+        raw = np.frombuffer(segmented, "u1" if bits == 8 else f"{order}u2")
+        entries = np.array(_segments(raw.tolist(), size), np.int64)[:size]
     else:
+        entries = np.empty(0, np.int64)
+    if len(entries) == 0:
         raise RowError(Reason.CORRUPT, "the colour palette is missing or broken")
-    return (entries >> (8 if descriptor[2] == 16 else 0)).astype(np.uint8)
+    return entries
 
 
 def _segments(data: list[int], size: int) -> list[int]:

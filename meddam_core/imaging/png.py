@@ -21,6 +21,8 @@ from meddam_core.imaging.limits import Limits
 from meddam_core.records import Reason, RowError
 
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
+END = b"IEND\xaeB`\x82"
+"""Type and checksum of the chunk that every complete PNG ends with."""
 _SETTINGS = (
     cv2.IMWRITE_PNG_COMPRESSION, 1,
     cv2.IMWRITE_PNG_STRATEGY, cv2.IMWRITE_PNG_STRATEGY_RLE,
@@ -43,6 +45,8 @@ def decode_png(data: bytes, *, limits: Limits | None = None) -> Stored:
     """The pixels of a PNG as `encode_png` writes them. Raises RowError(corrupt, too_large, unsupported_pixels)."""
     if len(data) < 33 or data[:8] != _SIGNATURE:
         raise RowError(Reason.CORRUPT, "the stored picture is not a PNG")
+    if not data.endswith(END):
+        raise RowError(Reason.CORRUPT, "the stored picture is cut short")
     columns, rows = struct.unpack_from(">II", data, 16)
     (limits or Limits()).check_picture(rows=rows, columns=columns)
     pixels = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)

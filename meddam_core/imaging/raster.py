@@ -9,18 +9,22 @@ Colours of 16 bits are kept (H, W, 3, uint16). Arrays: H rows, W columns, C colo
 
 from __future__ import annotations
 
-import importlib
 import io
+import struct
+from collections.abc import Callable
 from typing import Any
 
+import cv2
 import numpy as np
 import PIL
 from numpy.typing import NDArray
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
+from PIL.TiffImagePlugin import TiffImageFile
 
 from meddam_core.imaging.decoded import Decoded, Stored
 from meddam_core.imaging.dicom_pixels import to_unsigned
 from meddam_core.imaging.limits import Limits
+from meddam_core.imaging.png import END
 from meddam_core.imaging.sniff import Kind
 from meddam_core.records import Reason, Rescale, RowError
 
@@ -35,6 +39,17 @@ FORMATS: dict[Kind, str] = {
 }
 _TIFF_PHOTOMETRIC, _WHITE_IS_ZERO = 262, 0
 _TIFF_BITS = 258
+_ORIENTATION = 274
+_UPRIGHT: dict[int, Callable[[NDArray[Any]], NDArray[Any]]] = {
+    2: np.fliplr,
+    3: lambda a: np.rot90(a, 2),
+    4: np.flipud,
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: np.rot90(a, -1),
+    7: lambda a: np.rot90(a, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+"""What brings a picture upright, by EXIF orientation (CIPA DC-008 4.6.4)."""
 _SRGB = ImageCms.createProfile("sRGB")
 
 
@@ -45,9 +60,14 @@ def decode_raster(data: bytes, *, kind: Kind, frame: int | None = None, limits: 
     num_frames = _seek(image, frame or 0, limits)
     limits.check_picture(rows=image.height, columns=image.width)
     notes = [f"pillow {PIL.__version__} {image.format}"]
-    pixels, notes = _deep_colour(data, image, frame or 0, notes)
-    if pixels is None:
-        pixels, notes = _pixels(image, notes)
+    orientation = _orientation(image, notes)
+    if _is_deep_colour(data, image):
+        pixels = _deep_colour(data, image, frame or 0, notes)
+    else:
+        pixels = _pixels(image, notes)
+    if orientation in _UPRIGHT:
+        pixels = _UPRIGHT[orientation](pixels)
+        notes.append("exif orientation")
     stored, bits, shift = to_unsigned(pixels, 8 * pixels.dtype.itemsize)
     return Decoded(
         stored=stored,
@@ -81,57 +101,56 @@ def _seek(image: Image.Image, frame: int, limits: Limits) -> int:
     return num_frames
 
 
-def _deep_colour(
-    data: bytes, image: Image.Image, frame: int, notes: list[str]
-) -> tuple[NDArray[Any] | None, list[str]]:
-    """Colour pictures of 16 bits a sample, which Pillow would cut to 8; None for all others."""
-    if image.mode not in ("RGB", "RGBA") or not _is_deep(data, image):
-        return None, notes
-    cv2 = importlib.import_module("cv2")
-    flags = cv2.IMREAD_UNCHANGED
-    ok, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), flags)
-    if not ok or frame >= len(pages) or pages[frame].dtype != np.uint16 or pages[frame].ndim != 3:
-        raise RowError(Reason.CORRUPT, "the 16-bit colour picture can't be decoded")
-    return np.ascontiguousarray(pages[frame][..., 2::-1]), [f"opencv {cv2.__version__} {image.format}"]
+def _orientation(image: Image.Image, notes: list[str]) -> int:
+    """The EXIF (or TIFF) orientation, 1 to 8; 1 where there is none or it can't be read."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
+        notes.append("unreadable exif ignored")
+        return 1
 
 
-def _is_deep(data: bytes, image: Image.Image) -> bool:
+def _is_deep_colour(data: bytes, image: Image.Image) -> bool:
+    """Whether this is a colour picture of 16 bits a sample, which Pillow would cut to 8."""
+    if image.mode not in ("RGB", "RGBA"):
+        return False
     if image.format == "PNG":
         return len(data) > 25 and data[24] == 16
-    if image.format == "TIFF":
-        bits = image.tag_v2.get(_TIFF_BITS, ())  # type: ignore[attr-defined]
-        return bool(bits) and max(bits) == 16
-    return False
+    bits = image.tag_v2.get(_TIFF_BITS, ()) if isinstance(image, TiffImageFile) else ()
+    return max(bits, default=8) == 16
 
 
-def _pixels(image: Image.Image, notes: list[str]) -> tuple[NDArray[Any], list[str]]:
-    """(H, W) grey of up to 32 bits, or (H, W, 3) uint8 RGB in sRGB, upright."""
-    if image.mode in ("1", "LA", "La") or (image.mode == "P" and _grey_palette(image)):
-        image = _same_place(image, image.convert("L"))
-    elif image.mode in ("P", "PA", "RGBA", "RGBX", "RGBa", "YCbCr", "LAB", "HSV"):
-        image = _same_place(image, image.convert("RGB"))
+def _deep_colour(data: bytes, image: Image.Image, frame: int, notes: list[str]) -> NDArray[Any]:
+    if image.format == "PNG" and END not in data:
+        raise RowError(Reason.CORRUPT, "the picture is cut short")
+    ok, pages = cv2.imdecodemulti(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if not ok or frame >= len(pages) or pages[frame].dtype != np.uint16 or pages[frame].ndim != 3:
+        raise RowError(Reason.CORRUPT, "the 16-bit colour picture can't be decoded")
+    notes[0] = f"opencv {cv2.__version__} {image.format}"
+    return np.ascontiguousarray(pages[frame][..., 2::-1])
+
+
+def _pixels(image: Image.Image, notes: list[str]) -> NDArray[Any]:
+    """(H, W) grey of up to 32 bits, or (H, W, 3) uint8 RGB in sRGB, as the file has it: not yet upright."""
+    if image.mode in ("1", "LA", "La") or (image.mode == "P" and _is_grey_palette(image)):
+        image = image.convert("L")
+    elif image.mode in ("P", "PA", "RGBA", "RGBX", "RGBa", "YCbCr"):
+        profile = image.info.get("icc_profile")
+        image = image.convert("RGB")
+        image.info["icc_profile"] = profile
     if image.mode == "F":
-        return _whole(np.asarray(image)), notes
+        return _whole(np.asarray(image))
     if image.mode in ("RGB", "CMYK"):
-        image, notes = _to_srgb(image, notes)
-    upright = ImageOps.exif_transpose(image)
-    if upright is not image and upright.size != image.size:
-        notes = [*notes, "exif orientation"]
-    pixels = np.asarray(upright)
-    if pixels.ndim not in (2, 3) or pixels.dtype.kind not in "ui":
+        image = _to_srgb(image, notes)
+    pixels = np.asarray(image)
+    if image.mode in ("LAB", "HSV") or pixels.ndim not in (2, 3) or pixels.dtype.kind not in "ui":
         raise RowError(Reason.UNSUPPORTED_PIXELS, "pixels of this kind are not supported")
-    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False), notes
+    return pixels.astype(pixels.dtype.newbyteorder("="), copy=False)
 
 
-def _grey_palette(image: Image.Image) -> bool:
+def _is_grey_palette(image: Image.Image) -> bool:
     palette = np.array(image.getpalette() or [], np.uint8).reshape(-1, 3)
     return bool((palette == palette[:, :1]).all())
-
-
-def _same_place(source: Image.Image, converted: Image.Image) -> Image.Image:
-    """EXIF orientation must survive a conversion of mode."""
-    converted.info.setdefault("exif", source.info.get("exif", b""))
-    return converted
 
 
 def _whole(values_HW: NDArray[np.float32]) -> NDArray[np.int64]:
@@ -141,23 +160,25 @@ def _whole(values_HW: NDArray[np.float32]) -> NDArray[np.int64]:
     return values_HW.astype(np.int64)
 
 
-def _to_srgb(image: Image.Image, notes: list[str]) -> tuple[Image.Image, list[str]]:
+def _to_srgb(image: Image.Image, notes: list[str]) -> Image.Image:
     """Apply the embedded ICC profile. A profile that can't be used is named, and the picture taken as sRGB."""
     profile = image.info.get("icc_profile")
     if profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
             moved = ImageCms.profileToProfile(image, source, _SRGB, outputMode="RGB")
-            assert moved is not None
-            return _same_place(image, moved), [*notes, "icc to srgb"]
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-            notes = [*notes, "unusable icc ignored"]
-    return (image if image.mode == "RGB" else _same_place(image, image.convert("RGB"))), notes
+            notes.append("unusable icc ignored")
+        else:
+            assert moved is not None
+            notes.append("icc to srgb")
+            return moved
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _photometric(image: Image.Image, stored: Stored) -> str:
     if stored.ndim == 3:
         return "RGB"
     # Pillow inverts WhiteIsZero pictures of up to 8 bits itself, but not those of 16
-    white_is_zero = image.format == "TIFF" and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO  # type: ignore[attr-defined]
+    white_is_zero = isinstance(image, TiffImageFile) and image.tag_v2.get(_TIFF_PHOTOMETRIC) == _WHITE_IS_ZERO
     return "MONOCHROME1" if white_is_zero and stored.dtype == np.uint16 else "MONOCHROME2"

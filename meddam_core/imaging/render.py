@@ -40,8 +40,8 @@ def render(image: Image | Decoded, window: Window | str | None = None) -> NDArra
     """(H, W, 3) uint8 RGB of a row or a decoded picture.
 
     window: a Window, the name of a CT preset, "three_window", or None for the default of the modality. Colour pictures
-    have no window: they pass through. Raises ValueError for a preset that doesn't exist, or one of CT for a picture
-    whose values aren't HU; RowError if the row's picture is broken.
+    have no window: they pass through. Raises ValueError for a preset that doesn't exist; RowError(unsupported_pixels)
+    for a CT preset on values that aren't HU, and whatever is wrong with the row's picture.
     """
     return render_stored(stored_pixels(image), image, window)
 
@@ -73,16 +73,19 @@ def render_stored(
 
 
 def resolve_window(stored: Stored, facts: Facts, window: Window | str | None) -> Window | None:
-    """The window that `render` will use: goes into the row as provenance."""
+    """The window that `render` will use: goes into the row as provenance. None for colour."""
     if isinstance(window, str):
+        found = preset(window)
+        if stored.ndim == 3:
+            return None
         _check_hounsfield(facts)
-        return preset(window)
+        return found
     return default_window(stored, facts) if window is None else window
 
 
 def _check_hounsfield(facts: Facts) -> None:
-    if facts.modality != "CT" or facts.photometric == "RGB":
-        raise ValueError(f"window presets are in HU and need a CT picture, not {facts.modality} {facts.photometric}")
+    if facts.modality != "CT" or (facts.rescale is None and facts.lut is None):
+        raise RowError(Reason.UNSUPPORTED_PIXELS, "a CT window was asked for, but the picture's values are not in HU")
 
 
 def display_table(dtype: np.dtype[Any], facts: Facts, window: Window | None) -> NDArray[np.uint8]:
