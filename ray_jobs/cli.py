@@ -87,8 +87,6 @@ _job(
     "caption", caption.Config, caption.run, ["shards"], {"out": "-o", "model": "-m"},
     "Describe every region of every image in SHARDS. Run the same command again to resume.",
 )  # fmt: skip
-_job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
-_job("report", report.Config, report.run, ["run"], {"out": "-o"}, "Write the HTML report of a finished run.")
 
 
 @app.command("retry")
@@ -131,6 +129,10 @@ def _audit_text(found: audit.Audit) -> str:
     return "\n".join(lines)
 
 
+_job("report", report.Config, report.run, ["run"], {"out": "-o"}, "Write the HTML report of a finished run.")
+_job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
+
+
 @app.command("verify")
 def _verify(
     oracle: Annotated[Path, typer.Option(help="Oracle folder: saved activations of the reference.")],
@@ -141,7 +143,7 @@ def _verify(
     from meddam_core.dam.verify import render_text, verify
 
     found = verify(checkpoint, oracle)
-    typer.echo(json.dumps(found.to_json(), indent=2) if as_json else render_text(found))
+    typer.echo(found.to_json() if as_json else render_text(found))
     raise typer.Exit(0 if found.passed else EXIT_DIFFERENT)
 
 
@@ -154,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         error.show()
         sys.exit(EXIT_CONFIG)
     except (typer.Abort, KeyboardInterrupt):
-        _end(EXIT_INTERRUPTED, "stopped; run the same command again to go on")
+        code = EXIT_INTERRUPTED
     except LeaseHeld as error:
         _end(EXIT_HELD, str(error))
     except (ValueError, OSError) as error:
@@ -162,7 +164,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         if line is None or "--debug" in args:
             raise
         _end(EXIT_CONFIG, line)
-    sys.exit(code if isinstance(code, int) else 0)
+    if code == EXIT_INTERRUPTED:
+        _end(EXIT_INTERRUPTED, "stopped; run the same command again to go on")
+    sys.exit(code or 0)
 
 
 def _sentence(error: ValueError | OSError) -> str | None:

@@ -182,6 +182,8 @@ def _facts(directory: RunDirectory, described: dict[str, Any], tally: CaptionTal
         finished_at=summary.get("finished_at"),
         wall_s=session.get("seconds"),
         speed=_speed(session),
+        why=summary.get("why"),
+        num_images_without_regions=audit.get("num_images_without_regions", 0),
         num_expected=audit.get("num_expected"),
         num_missing=audit.get("num_missing"),
         num_duplicated=audit.get("num_duplicated"),

@@ -70,6 +70,9 @@ class RunFacts:
     finished_at: str | None = None
     wall_s: float | None = None
     speed: Speed | None = None
+    why: str | None = None
+    """Why it is not complete."""
+    num_images_without_regions: int = 0
     num_expected: int | None = None
     """Captions that the input asks for: regions x prompts x samples."""
     num_missing: int | None = None
@@ -230,7 +233,7 @@ def _number(value: float, digits: int = 0) -> str:
 def _share(value: float) -> str:
     """A share of 1 as a percentage that never rounds something to nothing, nor nearly all to all."""
     if value in (0, 1):
-        return f"{value:.0%}"
+        return f"{100 * value:.0f} %"
     return "< 0.1 %" if value < 0.001 else "> 99.9 %" if value > 0.999 else f"{100 * value:.1f} %"
 
 
