@@ -1,4 +1,4 @@
-"""Real files that come with pydicom, with boxes drawn by eye: a few CT, MR, nuclear, ultrasound and radiography pictures.
+"""Real files that come with pydicom, with boxes drawn by eye: CT, MR, nuclear, ultrasound and radiography pictures.
 
     meddam ingest pydicom-samples --out s3://bucket/samples
 
