@@ -9,11 +9,15 @@ Importing this package loads neither torch nor DeepSpeed.
 from __future__ import annotations
 
 import importlib
+import logging
+import warnings
 from typing import Any, NamedTuple
 
 from meddam_core.engines.base import Engine
 
 NAMES = ("auto", "torch", "mii")
+
+_log = logging.getLogger(__name__)
 
 
 class Resolved(NamedTuple):
@@ -25,8 +29,9 @@ class Resolved(NamedTuple):
 
 
 def make_engine(
-    name: str, folder: str, *, device: str = "cpu", dtype: str = "float32", slots: int | None = None
-) -> tuple[Engine, str]:
+    name: str, folder: str, *, device: str = "cpu", dtype: str = "float32", slots: int | None = None,
+    kernels: str | None = None,
+) -> tuple[Engine, str]:  # fmt: skip
     """An engine over the checkpoint in `folder`, and why it was chosen.
 
     Args:
@@ -35,21 +40,55 @@ def make_engine(
         device: cpu or cuda.
         dtype: float32, bfloat16 or float16.
         slots: captions decoded at once; None for the engine's own choice.
+        kernels: for mii, cuda or torch; None for cuda on a GPU and torch on a CPU.
 
-    Raises ValueError for an unknown name, or a checkpoint that cannot be loaded.
+    auto warns (RuntimeWarning) when it gives up mii on a GPU. Raises ValueError for an unknown name, a checkpoint that
+    cannot be loaded, or an engine named explicitly that cannot run here.
     """
     if ":" in name:
         return _own_class(name)(folder, device=device, dtype=dtype, slots=slots), "named explicitly"
+    if name not in NAMES:
+        raise ValueError(f"no engine {name!r}: choose one of {', '.join(NAMES)}, or package.module:Class")
     if name == "torch" or (name == "auto" and device == "cpu"):
-        import torch
-
-        from meddam_core.dam.checkpoint import load_dam
-        from meddam_core.engines.torch_engine import TorchEngine
-
-        dam = load_dam(folder, device=device, dtype=getattr(torch, dtype))
         why = "named explicitly" if name == "torch" else "the device is a CPU"
-        return TorchEngine(dam, max_batch=slots) if slots else TorchEngine(dam), why
-    raise ValueError(f"no engine {name!r}: choose one of {', '.join(NAMES)}, or package.module:Class")
+        return _make_torch(folder, device, dtype, slots), why
+    if name == "mii":
+        return _make_mii(folder, device, dtype, slots, kernels), "named explicitly"
+    return _make_auto(folder, device, dtype, slots, kernels)
+
+
+def _make_auto(folder: str, device: str, dtype: str, slots: int | None, kernels: str | None) -> tuple[Engine, str]:
+    """mii on a GPU if it can serve there, otherwise torch, never silently."""
+    from meddam_core.engines.mii.compat import MiiUnavailable
+
+    try:
+        return _make_mii(folder, device, dtype, slots, kernels), "the start-up check passed"
+    except MiiUnavailable as error:
+        why = f"mii cannot serve here, torch does: {error}"
+    _log.warning("engine auto: %s", why)
+    warnings.warn(why, RuntimeWarning, stacklevel=3)
+    return _make_torch(folder, device, dtype, slots), why
+
+
+def _make_torch(folder: str, device: str, dtype: str, slots: int | None) -> Engine:
+    import torch
+
+    from meddam_core.dam.checkpoint import load_dam
+    from meddam_core.engines.torch_engine import TorchEngine
+
+    return TorchEngine(load_dam(folder, device=device, dtype=getattr(torch, dtype)), max_batch=slots)
+
+
+def _make_mii(folder: str, device: str, dtype: str, slots: int | None, kernels: str | None) -> Engine:
+    import torch
+
+    from meddam_core.dam.checkpoint import load_dam
+    from meddam_core.engines.mii.compat import check_versions
+    from meddam_core.engines.mii.engine import MiiEngine
+
+    check_versions()  # before gigabytes are read
+    dam = load_dam(folder, device=device, dtype=getattr(torch, dtype))
+    return MiiEngine(dam, kernels=kernels, max_sequences=slots)
 
 
 def resolve_engine(name: str, folder: str, *, device: str = "cpu", dtype: str = "float32") -> Resolved:

@@ -56,7 +56,7 @@ PRIVATE_NAMES = {
 _lock = threading.RLock()
 
 
-class MiiUnavailable(RuntimeError):
+class MiiUnavailable(ValueError):
     """DeepSpeed-MII cannot serve this model here. The message says why and what to do; `auto` then takes torch."""
 
 

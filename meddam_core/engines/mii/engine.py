@@ -13,13 +13,14 @@ from __future__ import annotations
 
 import gc
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 
 from meddam_core.dam.model import Dam
 from meddam_core.engines.admission import Prompt, admit, refusal
 from meddam_core.engines.base import Delta, EngineDied, EngineStats, Request, Result
+from meddam_core.engines.faults import lost_device
 from meddam_core.engines.generation import Generation
 from meddam_core.engines.mii import compat
 from meddam_core.engines.mii.startup import (
@@ -29,7 +30,7 @@ from meddam_core.engines.mii.startup import (
     check_supported,
     logit_reference,
 )
-from meddam_core.engines.mii.vision import Pending, VisionQueue
+from meddam_core.engines.vision import Pending, VisionQueue
 from meddam_core.records import Reason, RowError
 
 GPU_SEQUENCES, GPU_TOKEN_BUDGET, GPU_VISION_BATCH = 256, 4096, 32
@@ -46,6 +47,7 @@ class MiiEngine:
         token_budget: most tokens in a forward; prompts are cut to fit.
         cache_bytes, num_blocks: size of the key-value cache, in bytes or in blocks; see startup.Limits.
         vision_batch: views in one pass of the vision tower.
+        eos_ids: ids that end a caption, instead of the checkpoint's; () decodes every caption to its limit.
         startup_check: compare logits with the torch model before serving.
 
     Raises:
@@ -57,7 +59,7 @@ class MiiEngine:
     def __init__(
         self, dam: Dam, *, kernels: str | None = None, max_sequences: int | None = None,
         token_budget: int | None = None, cache_bytes: int | None = None, num_blocks: int | None = None,
-        vision_batch: int | None = None, startup_check: bool = True,
+        vision_batch: int | None = None, eos_ids: Collection[int] | None = None, startup_check: bool = True,
     ) -> None:  # fmt: skip
         on_gpu = dam.device.type == "cuda"
         self.kernels = kernels or ("cuda" if on_gpu else "torch")
@@ -89,7 +91,8 @@ class MiiEngine:
             self._vision = VisionQueue(
                 dam, vision_batch or (GPU_VISION_BATCH if on_gpu else CPU_VISION_BATCH), self.stats
             )
-        self._eos_ids = frozenset(dam.config.llm.eos_token_ids) or frozenset({dam.tokenizer.eos_id})
+        checkpoint_eos = dam.config.llm.eos_token_ids or (dam.tokenizer.eos_id,)
+        self._eos_ids = frozenset(checkpoint_eos if eos_ids is None else eos_ids)
         self._max_sequences = limits.max_sequences
         self.scheduler = Scheduler(
             self._ragged, max_length=limits.max_length, stats=self.stats, launched=self._encode_ahead
@@ -235,7 +238,7 @@ class MiiEngine:
             self.scheduler.add(pending.uid, pending.prompt.token_ids, visual, pending.generation)
 
     def _encode_ahead(self) -> None:
-        """Called while a forward runs on the device: the next regions' views, so that a free place is filled at once."""
+        """Called while a forward runs on the device: the next views, so that a free place is filled at once."""
         if self._vision.overlaps and len(self._vision) and not self._vision.num_ready:
             self._vision.encode_batch()
 
@@ -248,16 +251,3 @@ class MiiEngine:
 
     def _on_device(self) -> torch.cuda.device:
         return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
-
-
-def lost_device(error: BaseException) -> bool:
-    """Whether an error means that this process can no longer use its GPU. Running out of memory does not."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return False
-    accelerator_error = getattr(torch, "AcceleratorError", None)  # since torch 2.8
-    if accelerator_error is not None and isinstance(error, accelerator_error):
-        return True
-    text = str(error)
-    return isinstance(error, RuntimeError) and any(
-        mark in text for mark in ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "cudaErrorIllegal", "device-side assert")
-    )

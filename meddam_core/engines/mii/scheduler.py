@@ -24,6 +24,7 @@ from mii.config import GenerateParamsConfig
 from torch import Tensor
 
 from meddam_core.engines.base import EngineStats
+from meddam_core.engines.faults import out_of_memory
 from meddam_core.engines.generation import Generation
 from meddam_core.engines.mii.model import RaggedEngine, VisualRows
 from meddam_core.engines.sampling import choose_tokens
@@ -143,7 +144,9 @@ class Scheduler(RaggedBatchBase):  # type: ignore[misc]
         # returns rather than retries inside `except`: the exception keeps the failed forward's tensors alive
         try:
             logits: Tensor = self.inference_engine.put(uids, tokens)
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
+            if not out_of_memory(error):
+                raise
             return None
         return logits
 

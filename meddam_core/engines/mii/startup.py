@@ -68,7 +68,7 @@ def check_supported(llm: LlmConfig, device: torch.device, dtype: torch.dtype, ke
         if llm.head_dim not in HEAD_SIZES:
             problems.append(f"heads have size {llm.head_dim}, and the kernels know {HEAD_SIZES}")
         if llm.num_heads // llm.num_kv_heads not in GROUP_SIZES:
-            problems.append(f"{llm.num_heads} heads share {llm.num_kv_heads} key-value heads in groups the kernels lack")
+            problems.append(f"{llm.num_heads} heads for {llm.num_kv_heads} key-value heads is a ratio the kernels lack")
     if problems:
         raise MiiUnavailable(f"the compiled kernels do not fit: {'; '.join(problems)}. kernels='torch' works here")
 
@@ -124,7 +124,9 @@ def _sequence_count(kernels: str, limits: Limits) -> int:
     if kernels == "torch":
         return min(count, limits.token_budget)
     if count > limits.token_budget:
-        raise ValueError(f"token_budget is {limits.token_budget}; {limits.max_sequences} sequences need {count} or more")
+        raise ValueError(
+            f"token_budget is {limits.token_budget}; {limits.max_sequences} sequences at once need at least {count}"
+        )
     return count
 
 

@@ -12,7 +12,8 @@ import torch
 
 from meddam_core.dam.model import Dam
 from meddam_core.engines.base import Engine, EngineDied, Request, Result, Sampling
-from meddam_core.engines.mii.engine import MiiEngine, lost_device
+from meddam_core.engines.faults import lost_device
+from meddam_core.engines.mii.engine import MiiEngine
 from meddam_core.records import Reason
 from tests.meddam_core.engines.mii.conftest import (
     QUERY,
@@ -152,7 +153,7 @@ def test_stop_strings_and_end_ids() -> None:
     assert stopped.finish_reason == "stop"
     assert stopped.text == whole.text[: whole.text.index(stop)].strip()
     assert_all_released(engine)
-    engine._eos_ids = frozenset({2, whole.token_ids[4]})
+    engine = MiiEngine(oracle_dam(), eos_ids={2, whole.token_ids[4]})
     ended = engine.generate([make_request(3)])[0]
     assert ended.finish_reason == "stop"
     assert ended.token_ids == whole.token_ids[: whole.token_ids.index(whole.token_ids[4])]
