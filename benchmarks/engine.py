@@ -67,7 +67,9 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     dam = _random_dam_3b(args, device, dtype) if args.dam_3b else load_dam(args.checkpoint, device, dtype)
-    print(f"{_machine(device)}, {args.threads} threads, load {os.getloadavg()[0]:.2f}, {args.dtype}, torch {torch.__version__}")
+    print(
+        f"{_machine(device)}, {args.threads} threads, load {os.getloadavg()[0]:.2f}, {args.dtype}, torch {torch.__version__}"
+    )
     copy_rate, matrix_rate = measure_copy(device), measure_matrix(device, dtype)
     print(f"copy {copy_rate / 1e9:.1f} GB/s, matrix {matrix_rate / 1e12:.3f} TFLOP/s")
 

@@ -95,13 +95,11 @@ class Dam(nn.Module):
         self._check_views(views_M8SS)
         if self._values_8x256.device != self.device:
             self._values_8x256 = self._values_8x256.to(self.device)
-        views = views_M8SS.to(self.device)
-        out = torch.empty(views.shape, dtype=self.dtype, device=self.device)
-        for channel in range(8):
-            index = views[:, channel].reshape(-1).int()
-            values = self._values_8x256[channel].to(self.dtype).index_select(0, index)
-            out[:, channel] = values.view(out[:, channel].shape)
-        return out
+        values, index = self._values_8x256.to(self.dtype), views_M8SS.to(self.device).int()
+        if bool((values == values[0]).all()):  # as in every published preprocessor: mean and std are the same for all
+            return values[0].index_select(0, index.flatten()).view(index.shape)
+        index += 256 * torch.arange(8, device=self.device, dtype=torch.int32)[:, None, None]
+        return values.flatten().index_select(0, index.flatten()).view(index.shape)
 
     def _check_views(self, views: Tensor) -> None:
         size = self.config.view_size
@@ -125,16 +123,17 @@ class Dam(nn.Module):
 
         embed_global = self.vision_tower.embed(pixels[:, :4])
         vis_global = self.vision_tower.run(embed_global)
-        focal = pixels[is_cimage]
+        all_focal = bool(is_cimage.all())
+        focal = pixels if all_focal else pixels[is_cimage]
         embed_focal = self.vision_tower.embed(focal[:, 4:])
         if len(focal):
             adapters: Sequence[nn.Module] = list(self.context_provider.adapters)
             bias = self.context_provider.attention_bias(focal)
-            ctx_out = self.vision_tower.run(embed_focal, adapters, vis_global[is_cimage], bias)
+            context_BNC = vis_global if all_focal else vis_global[is_cimage]
+            ctx_out = self.vision_tower.run(embed_focal, adapters, context_BNC, bias)
         else:
             ctx_out = embed_focal
-        proj_in = vis_global.clone()
-        proj_in[is_cimage] = ctx_out
+        proj_in = ctx_out if all_focal else vis_global.masked_scatter(is_cimage[:, None, None], ctx_out)
         return VisionStages(
             input8=input8,
             is_cimage=is_cimage,

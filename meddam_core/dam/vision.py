@@ -78,8 +78,8 @@ class _Embeddings(nn.Module):
 
     def forward(self, pixels_B4SS: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels_B4SS[:, :3]) + self.mask_patch_embedding(pixels_B4SS[:, 3:])
-        embedded: Tensor = patches.flatten(2).transpose(1, 2) + self.position_embedding.weight
-        return embedded
+        rows = patches.flatten(2).transpose(1, 2).contiguous()  # otherwise every later layer works on a strided tensor
+        return rows + self.position_embedding.weight
 
 
 class _PoolingHead(nn.Module):

@@ -128,12 +128,20 @@ class Decoder:
         self._bias[rows, position] = 0.0
         bias = self._bias[:batch, None, None, :used]
         cos, sin = self._cos[position][:, None], self._sin[position][:, None]
+        places = self._places(rows, position)
         for layer, kv in zip(self._layers, self._kv, strict=True):
-            x = layer.step(x, cos, sin, kv[:, :batch], rows, position, bias)
+            x = layer.step(x, cos, sin, kv, places, bias)
         logits = self._logits(x[:num_active])
         self._next_position[:num_active] += 1
         self._num_used[:num_active] = [n + 1 for n in self._num_used[:num_active]]
         return logits
+
+    def _places(self, rows: Tensor, position: Tensor) -> Tensor:
+        """Where one layer's keys, then values, of these rows and positions go: (B * 2K,) indices of vectors of size E."""
+        heads = torch.arange(2 * self.config.num_kv_heads, device=self.device)
+        kind, head = heads // self.config.num_kv_heads, heads % self.config.num_kv_heads
+        slot = kind * self.num_slots + rows[:, None]
+        return ((slot * self.config.num_kv_heads + head) * self.length + position[:, None]).flatten()
 
     @torch.inference_mode()
     def remove(self, slot: int, last: int) -> None:
@@ -149,8 +157,10 @@ class Decoder:
         self._bias[last] = float("-inf")
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        padding = max(0, MIN_ROWS - len(x_BD))
-        return self.llm.logits(self.llm.model.norm(F.pad(x_BD, (0, 0, 0, padding))))[: len(x_BD)]
+        num = len(x_BD)
+        if num < MIN_ROWS:
+            x_BD = F.pad(x_BD, (0, 0, 0, MIN_ROWS - num))
+        return self.llm.logits(self.llm.model.norm(x_BD))[:num]
 
 
 class _FusedLayer:
@@ -173,17 +183,14 @@ class _FusedLayer:
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self._rest(x_BLD, attended.transpose(1, 2).reshape(batch, length, -1))
 
-    def step(
-        self, x_BD: Tensor, cos: Tensor, sin: Tensor, kv_2BKLE: Tensor, rows: Tensor, position: Tensor, bias: Tensor
-    ) -> Tensor:
+    def step(self, x_BD: Tensor, cos: Tensor, sin: Tensor, kv_2SKLE: Tensor, places: Tensor, bias: Tensor) -> Tensor:
         batch, used = len(x_BD), bias.shape[-1]
         q, k, v = self._project(x_BD, cos, sin)
-        keys, values = kv_2BKLE[0], kv_2BKLE[1]
-        keys[rows, :, position] = k
-        values[rows, :, position] = v
+        kv_2SKLE.view(-1, self._head_dim).index_copy_(0, places, torch.cat((k, v), dim=1).view(-1, self._head_dim))
+        keys, values = kv_2SKLE[:, :batch, :, :used]
         # The heads that share keys and values are the query positions of one attention: nothing is repeated.
         q = q.reshape(batch, self._kv_heads, -1, self._head_dim)
-        attended = F.scaled_dot_product_attention(q, keys[:, :, :used], values[:, :, :used], attn_mask=bias)
+        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
         return self._rest(x_BD, attended.reshape(batch, -1))
 
     def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
