@@ -46,7 +46,7 @@ class Job:
     def start(self, out: str, log: Path) -> subprocess.Popen[bytes]:
         """Starts the job as its own process; its output goes to `log`."""
         command = [
-            sys.executable, "-m", "ray_jobs.caption", self.shards, "--out", out, "--model", MODEL, "--prompts",
+            sys.executable, "-m", "ray_jobs.caption", self.shards, "--out", out, "--model", MODEL, "--prompt",
             "dam-default", "--max-new-tokens", "16", "--images-per-file", "10", "--images-per-batch", "4",
             "--num-cpus", "2", *self.options,
         ]  # fmt: skip
