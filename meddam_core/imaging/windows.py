@@ -32,7 +32,7 @@ THREE_WINDOWS = (PRESETS["lung"], PRESETS["soft_tissue"], PRESETS["bone"])
 """Shown as red, green and blue: calcification and ground glass can't both be seen in one window."""
 
 _TAIL = 0.005
-_MIN_CONTRAST = 1 / 16
+_MIN_CONTRAST = 1 / 6
 """A header's window must spread the picture over at least this share of the grey scale, or it is taken for nonsense."""
 _STRIDE_PIXELS = 1 << 18
 """Statistics look at about this many pixels, on a regular grid."""
@@ -102,7 +102,7 @@ def default_window(stored_HW: NDArray[Any], facts: Facts) -> Window | None:
 
     - colour, or a VOI table in the header: none;
     - a window that a recipe or an earlier decision put there (`source` is not "header"): that one;
-    - the header's window, if it spreads the picture over at least a sixteenth of the grey scale (a film with window
+    - the header's window, if it spreads the picture over at least a sixth of the grey scale (a film with window
       centre 15000 and pixels up to 4095 would be black);
     - CT with a rescale: soft tissue;
     - up to 8 bits: the full range, as stored;
