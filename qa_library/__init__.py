@@ -5,6 +5,7 @@ table = build_questions(images, seed=7, library=library)
 lint(library)                                   # [] when all is well
 """
 
+from qa_library.ask import question_about, question_of_text
 from qa_library.build import QuestionTable, Settings, build_questions, questions_of_image
 from qa_library.lint import lint
 from qa_library.loader import Code, Library, load_concepts, load_library, read_template_set
@@ -27,6 +28,8 @@ __all__ = [
     "lint",
     "load_concepts",
     "load_library",
+    "question_about",
+    "question_of_text",
     "questions_of_image",
     "read_template_set",
     "to_json",

@@ -47,12 +47,16 @@ def _attribute(attribute: Attribute, values: dict[str, Value], concepts: set[str
     yield from (f"the value {i} is there twice" for i in _twice(ids))
     if attribute.kind == "choice" and sum(v.ask for v in attribute.values) < 2:
         yield "a choice needs at least two values that are asked"
+    if attribute.binary and len(attribute.values) != 2:
+        yield "a binary attribute has two values"
     if attribute.kind == "measure" and attribute.values:
         yield "a measure has no values"
     if attribute.kind == "presence" and not attribute.values:
         yield "there are no values"
     if attribute.kind != "measure" and not any(v.confusers for v in attribute.values) and len(attribute.values) > 1:
         yield "no value has confusers, so there are no plausible negatives"
+    for whole, parts in attribute.combinations.items():
+        yield from (f"combinations name {i}, which is not there" for i in (whole, *parts) if i not in ids)
     for name in ("positive", "negative"):
         text = getattr(attribute, name)
         if "{value}" not in text and len(attribute.values) != 1:

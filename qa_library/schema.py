@@ -88,6 +88,12 @@ class Attribute(_Strict):
     """Renderings of CT that can show it; empty: all."""
     needs_side: bool = False
     """Not asked for values with `no_side`."""
+    binary: bool = False
+    """Of two values: to deny the one is to state the other."""
+    place: bool = False
+    """A place: what is denied there ("no effusion on the left") says nothing about the region's own place."""
+    combinations: dict[str, tuple[str, str]] = Field(default_factory=dict)
+    """Values that two others make together: a solid and a ground-glass part make a part-solid nodule."""
     image_sides: bool = False
     """The side of the image is the opposite of the patient's side, as on films and axial slices."""
     needs: tuple[Literal["scale"], ...] = ()

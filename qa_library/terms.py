@@ -2,7 +2,7 @@
 
     "pleural effusion"                     these words in a row, in singular or plural, in any spelling of English
     "enlarged/dilated aorta"               one of several words at a place
-    "aorta .. enlarged"                    up to four words between
+    "aorta .. enlarged"                    up to six words between
     "atelecta*"                            words that begin so
 
 Notes:
@@ -17,10 +17,11 @@ import unicodedata
 from dataclasses import dataclass
 from functools import cache
 
-GAP = 4
+GAP = 6
 """Words that `..` may stand for."""
 
-_WORD = re.compile(r"[a-z]+|\d+(?:\.\d+)?|[.,;:!?()]|[<>~%]")
+_WORD = re.compile(r"[a-z]+|\d+(?:st|nd|rd|th)\b|\d+(?:\.\d+)?|[.,;:!?()]|[<>~%]")
+_NON = re.compile(r"\bnon-?(?=[a-z]{4})(?!etheless)")
 _SPELLING = (
     ("haem", "hem"), ("oedema", "edema"), ("colour", "color"), ("grey", "gray"), ("centre", "center"),
     ("fibre", "fiber"), ("tumour", "tumor"), ("ischaem", "ischem"), ("leucocyt", "leukocyt"), ("oesoph", "esoph"),
@@ -54,7 +55,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Pattern:
-    """A compiled term: what may stand at each place. None is a gap of up to four words."""
+    """A compiled term: what may stand at each place. None is a gap of up to six words."""
 
     source: str
     places: tuple[tuple[str, ...] | None, ...]
@@ -66,10 +67,10 @@ class Pattern:
 
 def fold(text: str) -> str:
     """Lower case, plain ASCII letters, American spelling; of the same length only by chance."""
-    text = unicodedata.normalize("NFKD", text.lower()).replace("’", "'").replace("'s", "")
+    text = unicodedata.normalize("NFKD", text.lower()).replace("’", "'").replace("n't", " not").replace("'s", "")
     for british, american in _SPELLING:
         text = text.replace(british, american)
-    return text
+    return _NON.sub("non ", text)
 
 
 def singular(word: str) -> str:
@@ -125,7 +126,7 @@ def _match(places: tuple[tuple[str, ...] | None, ...], words: list[str], place: 
             end = _match(places, words, place + 1, at + skipped)
             if end is not None:
                 return end
-            if at + skipped >= len(words) or words[at + skipped] in ".;:!?()":
+            if at + skipped >= len(words) or words[at + skipped] in ".;!?()":
                 return None
         return None
     if at < len(words) and any(_same(choice, words[at]) for choice in choices):
