@@ -138,7 +138,8 @@ def list_objects(uri: str, suffix: str = "") -> list[ObjectInfo]:
         found = [o for page in pages.paginate(Bucket=bucket, Prefix=prefix) for o in page.get("Contents", [])]
     except (BotoCoreError, ClientError) as error:
         raise StorageError(explain(uri, error)) from error
-    names = [o for o in found if o["Key"].endswith(suffix) and o["Key"].rsplit("/", 1)[-1][0] not in "._"]
+    # A key that ends in "/" stands for an empty folder: consoles and pyarrow make such objects.
+    names = [o for o in found if o["Key"].endswith(suffix) and o["Key"].rpartition("/")[2][:1] not in ("", ".", "_")]
     return [ObjectInfo(uri=f"s3://{bucket}/{o['Key']}", size=o["Size"], etag=o["ETag"].strip('"')) for o in names]
 
 

@@ -42,6 +42,14 @@ def test_listing_is_sorted_and_leaves_private_names_out(place: str) -> None:
     assert storage.list_files(storage.join(place, "nowhere")) == []
 
 
+@pytest.mark.s3
+def test_an_object_that_stands_for_a_folder_is_no_file(s3_bucket: str) -> None:
+    fs, path = storage.open_uri(f"{s3_bucket}/set/empty")
+    fs.create_dir(path)
+    storage.write_bytes(f"{s3_bucket}/set/a.bin", b"x")
+    assert [o.uri for o in storage.list_objects(f"{s3_bucket}/set/")] == [f"{s3_bucket}/set/a.bin"]
+
+
 def test_a_tag_changes_with_the_content(place: str) -> None:
     uri = storage.join(place, "t", "a.bin")
 
