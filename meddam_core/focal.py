@@ -18,7 +18,7 @@ Arrays: H, W rows and columns of the image; S the model's input side; C channels
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -76,16 +76,22 @@ def focal_views(
         raise RowError(
             Reason.MASK_SIZE, f"the mask is {mask_HW.shape}, the image {image_HWC.shape[:2]} (rows, columns)"
         )
-    x0, y0, x1, y1 = focal_box(mask_HW)
+    inner = tight_box(mask_HW)
+    x0, y0, x1, y1 = expanded_box(inner, (mask_HW.shape[1], mask_HW.shape[0]))
     binary_HW = np.where(mask_HW != 0, np.uint8(255), np.uint8(0))
     if full_SSC is None:
         full_SSC = full_view(image_HWC, size, aspect)
-    focal_SSC, focal_mask_SS = _resized(image_HWC[y0:y1, x0:x1], binary_HW[y0:y1, x0:x1], size, aspect)
+    crop_HWC, crop_mask_HW = image_HWC[y0:y1, x0:x1], binary_HW[y0:y1, x0:x1]
     views = np.empty((8, size, size), np.uint8)
     views[0:3] = full_SSC.transpose(2, 0, 1)
-    views[3] = _resized_plane(binary_HW, size, aspect)
-    views[4:7] = focal_SSC.transpose(2, 0, 1)
-    views[7] = focal_mask_SS
+    if aspect == "pad":
+        views[3] = _padded(mask_HW=binary_HW, size=size)
+        both = _letterbox(size)(image=np.ascontiguousarray(crop_HWC), mask=np.ascontiguousarray(crop_mask_HW))
+        views[4:7], views[7] = both["image"].transpose(2, 0, 1), both["mask"]
+        return views
+    views[3] = _stretched_mask(binary_HW, inner, size)
+    views[4:7] = _stretched(crop_HWC, size).transpose(2, 0, 1)
+    views[7] = _stretched_mask(crop_mask_HW, (inner[0] - x0, inner[1] - y0, inner[2] - x0, inner[3] - y0), size)
     return views
 
 
@@ -119,27 +125,72 @@ def _check_image(image_HWC: NDArray[np.uint8]) -> None:
         )
 
 
-def _resized(
-    image_HWC: NDArray[np.uint8], mask_HW: NDArray[np.uint8], size: int, aspect: Aspect
-) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Image and mask, each (S, S)."""
+def _resized_plane(image_HWC: NDArray[np.uint8], size: int, aspect: Aspect) -> NDArray[np.uint8]:
     if aspect == "pad":
-        both = _letterbox(size)(image=np.ascontiguousarray(image_HWC), mask=np.ascontiguousarray(mask_HW))
-        return both["image"], both["mask"]
-    return _resized_plane(image_HWC, size, aspect), _resized_plane(mask_HW, size, aspect)
-
-
-def _resized_plane(plane: NDArray[np.uint8], size: int, aspect: Aspect) -> NDArray[np.uint8]:
-    if aspect == "pad":
-        if plane.ndim == 3:
-            padded: NDArray[np.uint8] = _letterbox(size)(image=np.ascontiguousarray(plane))["image"]
-            return padded
-        blank_HWC = np.zeros((*plane.shape, 3), np.uint8)
-        padded = _letterbox(size)(image=blank_HWC, mask=np.ascontiguousarray(plane))["mask"]
+        padded: NDArray[np.uint8] = _letterbox(size)(image=np.ascontiguousarray(image_HWC))["image"]
         return padded
     if aspect != "stretch":
         raise ValueError(f"aspect is {aspect!r}; use 'stretch' or 'pad'")
-    return np.asarray(PilImage.fromarray(plane).resize((size, size), PilImage.Resampling.BICUBIC))
+    return _stretched(image_HWC, size)
+
+
+def _padded(mask_HW: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    blank_HWC = np.zeros((*mask_HW.shape, 3), np.uint8)
+    padded: NDArray[np.uint8] = _letterbox(size)(image=blank_HWC, mask=np.ascontiguousarray(mask_HW))["mask"]
+    return padded
+
+
+def _stretched(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(S, S, 3). The channels are resized one by one, so a grey picture's first stands for all three."""
+    if _is_grey(image_HWC):
+        grey_SS = _bicubic(image_HWC[:, :, 0], size, size)
+        return np.repeat(grey_SS[:, :, None], 3, axis=2)
+    return _bicubic(image_HWC, size, size)
+
+
+def _stretched_mask(binary_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArray[np.uint8]:
+    """(S, S): as PIL resizes the whole mask, doing only the part around `inner`, its tight box.
+
+    PIL's filter is separable, with 8 bits in between, so it matters which axis it takes first; zeros stay zeros.
+    """
+    height, width = binary_HW.shape
+    if not _takes_rows_first(width, height, size):
+        turned = (inner[1], inner[0], inner[3], inner[2])
+        return _stretched_rows_first(binary_HW.T, turned, size).T
+    return _stretched_rows_first(binary_HW, inner, size)
+
+
+def _stretched_rows_first(binary_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArray[np.uint8]:
+    rows_hS = _bicubic(binary_HW[inner[1] : inner[3]], size, inner[3] - inner[1])
+    columns = np.flatnonzero(rows_hS.any(axis=0))
+    out_SS = np.zeros((size, size), np.uint8)
+    if len(columns):
+        first, last = columns[0], columns[-1] + 1
+        strip_Hk = np.zeros((len(binary_HW), last - first), np.uint8)
+        strip_Hk[inner[1] : inner[3]] = rows_hS[:, first:last]
+        out_SS[:, first:last] = _bicubic(strip_Hk, last - first, size)
+    return out_SS
+
+
+@lru_cache(maxsize=4096)
+def _takes_rows_first(width: int, height: int, size: int) -> bool:
+    """Whether PIL, for these sizes, resizes along the rows before it does along the columns. Asked of PIL itself:
+    newer versions choose by cost, older ones always take the rows."""
+    noise_HW = np.random.default_rng(0).integers(0, 2, (height, width), np.uint8) * np.uint8(255)
+    return np.array_equal(_bicubic(noise_HW, size, size), _bicubic(_bicubic(noise_HW, size, height), size, size))
+
+
+def _bicubic(plane: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    return np.asarray(
+        PilImage.fromarray(np.ascontiguousarray(plane)).resize((width, height), PilImage.Resampling.BICUBIC)
+    )
+
+
+def _is_grey(image_HWC: NDArray[np.uint8]) -> bool:
+    def equal(part: NDArray[np.uint8]) -> bool:
+        return np.array_equal(part[..., 0], part[..., 1]) and np.array_equal(part[..., 0], part[..., 2])
+
+    return equal(image_HWC[::16, ::16]) and equal(image_HWC)  # a few pixels tell a colour picture
 
 
 @cache

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image as PilImage
 
 from meddam_core.focal import expanded_box, focal_box, focal_views, full_view, region_crop
 from meddam_core.records import Reason, RowError
@@ -113,3 +114,34 @@ def test_the_focal_box_holds_the_region_and_stays_inside_the_image(data: st.Data
     fx0, fy0, fx1, fy1 = expanded_box((x0, y0, x1, y1), (width, height))
     assert 0 <= fx0 <= x0 < x1 <= fx1 <= width
     assert 0 <= fy0 <= y0 < y1 <= fy1 <= height
+
+
+@given(
+    st.integers(1, 130),
+    st.integers(1, 130),
+    st.integers(8, 70),
+    st.integers(0, 2**32 - 1),
+    st.booleans(),
+)
+@settings(max_examples=150, deadline=None)
+def test_views_equal_a_plain_resize_of_everything(
+    width: int, height: int, size: int, seed: int, is_box: bool
+) -> None:  # fmt: skip
+    """The crops are resized around the region only and grey pictures once: none of it may show in a single bit."""
+    rng = np.random.default_rng(seed)
+    grey_HW = rng.integers(0, 256, (height, width), dtype=np.uint8)
+    image_HWC = np.repeat(grey_HW[:, :, None], 3, 2) if seed % 2 else rng.integers(0, 256, (height, width, 3), np.uint8)
+    x0, y0 = int(rng.integers(0, width)), int(rng.integers(0, height))
+    x1, y1 = int(rng.integers(x0 + 1, width + 1)), int(rng.integers(y0 + 1, height + 1))
+    mask_HW = np.zeros((height, width), np.uint8)
+    mask_HW[y0:y1, x0:x1] = 1 if is_box else rng.integers(0, 2, (y1 - y0, x1 - x0))
+    mask_HW[y0, x0] = 1
+    views_8SS = focal_views(image_HWC, mask_HW, size)
+    left, top, right, bottom = focal_box(mask_HW)
+    for part, views in (
+        ((slice(None), slice(None)), views_8SS[:4]), ((slice(top, bottom), slice(left, right)), views_8SS[4:])
+    ):  # fmt: skip
+        plain = PilImage.fromarray(np.ascontiguousarray(image_HWC[part]))
+        plain_mask = PilImage.fromarray(np.ascontiguousarray(mask_HW[part] * np.uint8(255)))
+        assert np.array_equal(np.asarray(plain.resize((size, size), 3)).transpose(2, 0, 1), views[:3])
+        assert np.array_equal(np.asarray(plain_mask.resize((size, size), 3)), views[3])
