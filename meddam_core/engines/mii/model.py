@@ -31,6 +31,8 @@ from meddam_core.engines.mii.torch_kernels import BLOCK_SIZE, SequenceState
 
 FASTGEN_EPS = 1e-5
 """The epsilon that FastGen gives its RMSNorm kernels, whatever the model's configuration says."""
+CPU_GROUP_BYTES, GPU_GROUP_BYTES = 1 << 20, 1 << 28
+"""Keys and values that a group of sequences gathers: on a CPU no more than its cache holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,12 @@ class DamLlama(Llama2InferenceModel):  # type: ignore[misc]
         """Called once all weights are in place."""
         self._word_emb = self._non_transformer.word_emb.as_subclass(Tensor)
 
+    def maybe_allocate_kv(self, sequence: Any, n_new_tokens: int) -> None:
+        # asked for every sequence in every step; the answer is nearly always that nothing is needed
+        if sequence.seen_tokens + n_new_tokens > getattr(sequence, "capacity", 0):
+            super().maybe_allocate_kv(sequence, n_new_tokens)
+            sequence.capacity = sequence.cur_allocated_blocks * self.attn.kv_block_size
+
     def _forward_embed(self, ragged_batch: Any) -> Tensor:
         ids_R = ragged_batch.input_ids()
         x_RD = F.embedding(ids_R, self._word_emb)
@@ -153,6 +161,8 @@ class TorchDamLlama(DamLlama):
         self._cos, self._sin = torch_kernels.rotary_table(
             self.rope_theta, self.head_size, self.max_sequence_length, device
         )
+        position_bytes = 2 * self.n_heads_kv_local * self.head_size * self._config.torch_dtype.itemsize
+        self._max_positions = (GPU_GROUP_BYTES if device.type == "cuda" else CPU_GROUP_BYTES) // position_bytes
 
     def set_state_manager(self, state_manager: Any) -> None:
         super().set_state_manager(state_manager)
@@ -167,7 +177,9 @@ class TorchDamLlama(DamLlama):
             SequenceState(s.in_flight_tokens, s.seen_tokens, s.kv_cache_ids(on_device=False)[0].numpy())
             for s in sequences
         ]
-        self.plan = torch_kernels.plan_batch(states, self._cos, self._sin, self._config.torch_dtype)
+        self.plan = torch_kernels.plan_batch(
+            states, self._cos, self._sin, self._config.torch_dtype, self._max_positions
+        )
 
     def _unembed(self, hidden: Tensor, weight: Tensor, batch: Any, gamma: Tensor) -> Tensor:
         del batch

@@ -41,6 +41,34 @@ class Counts:
     max_sequences_per_forward: int
 
 
+class _Sequence(MiiRequest):  # type: ignore[misc]
+    """MII's request with its hot properties as plain values: they are read ten times a sequence and step."""
+
+    num_prompt: int
+
+    @property
+    def prompt_length(self) -> int:
+        return self.num_prompt
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """0 while parts of the prompt are to come."""
+        return max(0, self.seq_length - self.num_prompt + 1)
+
+    @property
+    def is_done(self) -> bool:
+        return self._is_done
+
+    @is_done.setter
+    def is_done(self, is_done: bool) -> None:
+        self._is_done = is_done
+
+    @property
+    def stop_generation(self) -> bool:
+        """Generation alone decides when a caption ends, its token limit included."""
+        return self._is_done
+
+
 class Scheduler(RaggedBatchBase):  # type: ignore[misc]
     """Runs sequences to their end, many at a time.
 
@@ -91,12 +119,12 @@ class Scheduler(RaggedBatchBase):  # type: ignore[misc]
         limits = GenerateParamsConfig(
             prompt_length=len(token_ids), max_length=self.max_length, max_new_tokens=generation.limit
         )
-        self.request_queue.put(
-            MiiRequest(
-                tid=0, uid=uid, input_tokens=tokens, prompt_tokens=tokens, seq_length=0, last_in_prompt=True,
-                post_processing=[], generate_params=limits,
-            )
+        sequence = _Sequence(
+            tid=0, uid=uid, input_tokens=tokens, prompt_tokens=tokens, seq_length=0, last_in_prompt=True,
+            post_processing=[], generate_params=limits,
         )  # fmt: skip
+        sequence.num_prompt = len(token_ids)
+        self.request_queue.put(sequence)
 
     def cancel(self, uid: int) -> None:
         """Drops a sequence wherever it is, also between two parts of its prompt, and frees its blocks."""
@@ -202,6 +230,8 @@ class Scheduler(RaggedBatchBase):  # type: ignore[misc]
         """Takes the blocks of the youngest sequence; it starts again from position 0 when there is room."""
         self._num_preemptions += 1
         super().reset_request_status()
+        restarted = self.buffer[-1]
+        restarted.num_prompt = len(restarted.prompt_tokens)
 
     def _release(self, uid: int) -> None:
         del self._generations[uid]

@@ -68,8 +68,13 @@ def rotary_table(theta: float, head_size: int, num_positions: int, device: torch
     return angles.cos().to(device), angles.sin().to(device)
 
 
-def plan_batch(states: Sequence[SequenceState], cos_PE: Tensor, sin_PE: Tensor, dtype: torch.dtype) -> BatchPlan:
-    """The plan of a forward over these sequences, whose new tokens lie in the batch one after the other."""
+def plan_batch(
+    states: Sequence[SequenceState], cos_PE: Tensor, sin_PE: Tensor, dtype: torch.dtype, max_positions: int
+) -> BatchPlan:
+    """The plan of a forward over these sequences, whose new tokens lie in the batch one after the other.
+
+    `max_positions` bounds the positions, padding included, whose keys and values a group gathers.
+    """
     device = cos_PE.device
     new = np.array([s.num_new for s in states])
     seen = np.array([s.num_seen for s in states])
@@ -89,21 +94,26 @@ def plan_batch(states: Sequence[SequenceState], cos_PE: Tensor, sin_PE: Tensor, 
         cos_T1E=cos_PE[places][:, None].to(dtype),
         sin_T1E=sin_PE[places][:, None].to(dtype),
         last_S=torch.from_numpy(ends - 1).to(device),
-        groups=tuple(_group(states, starts, members, device, dtype) for members in _memberships(new, seen)),
+        groups=tuple(
+            _group(states, starts, members, device, dtype) for members in _memberships(new, seen, max_positions)
+        ),
     )
 
 
-def _memberships(new: NDArray[np.int64], seen: NDArray[np.int64]) -> Iterator[list[int]]:
+def _memberships(new: NDArray[np.int64], seen: NDArray[np.int64], max_positions: int) -> Iterator[list[int]]:
     """Which sequences to compute together: of one kind (decoding, beginning, continuing) and of similar length."""
+    positions = new + seen
     decoding = new == 1
     beginning = ~decoding & (seen == 0)
     for kind, length in ((decoding, seen + 1), (beginning, new), (~decoding & (seen > 0), new)):
         members: list[int] = []
         for i in sorted(np.flatnonzero(kind).tolist(), key=lambda i: -int(length[i])):
-            # padding is wasted work, a further group is a further round of kernel launches
-            if members and length[i] * 4 < length[members[0]] * 3 and len(members) >= 4:
-                yield members
-                members = []
+            if members:
+                # padding is wasted work, a further group is a further round of kernel launches
+                uneven = length[i] * 4 < length[members[0]] * 3 and len(members) >= 4
+                if uneven or (len(members) + 1) * positions[members[0]] > max_positions:
+                    yield members
+                    members = []
             members.append(i)
         if members:
             yield members
