@@ -1,6 +1,6 @@
 """Image shards: Parquet files of `records.Image`, streamed in and out; Hugging Face `datasets` shows their pictures.
 
-    facts = write_shard("s3://bucket/set/shards/shard-000000.parquet", images, {"meddam.note": "any text"})
+    write_shard("s3://bucket/set/shards/shard-000000.parquet", images)
     for image in read_shard("s3://bucket/set/shards/shard-000000.parquet"): ...
 
     datasets.load_dataset("parquet", data_files="shards/*.parquet")     # `image` and `preview` are pictures
@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,19 +47,26 @@ class ShardFacts:
     """(rows,), in file order."""
     num_regions: NDArray[np.int32]
     """(rows,): regions of each row."""
+    region_ids: NDArray[np.int64]
+    """(regions of all rows,), in file order."""
     metadata: dict[str, str]
     """The writer's own entries: every `meddam.*` key."""
 
 
-def write_shard(uri: str, images: Iterable[Image], metadata: Mapping[str, str] | None = None) -> None:
+def write_shard(
+    uri: str, images: Iterable[Image], metadata: Mapping[str, str] | Callable[[], Mapping[str, str]] | None = None
+) -> None:
     """Writes `images`, which is consumed a row at a time, as one shard; replaces what was there.
 
-    `metadata` holds further `meddam.*` entries for the file. Raises OSError where the place cannot be written.
+    `metadata` holds further `meddam.*` entries for the file; a function is called for them once all images are written,
+    before the shard appears. Raises OSError where the place cannot be written.
     """
-    schema = shard_schema(metadata or {})
+    schema = shard_schema(metadata if isinstance(metadata, Mapping) else {})
     with _appearing_whole(uri) as path, _writer(path, schema) as writer:
         for group in _row_groups(images):
             writer.write_table(pa.Table.from_pylist([to_row(i) for i in group], schema=schema))
+        if callable(metadata):
+            writer.add_key_value_metadata(dict(metadata()))
 
 
 def read_shard(uri: str, columns: list[str] | None = None, batch_rows: int = 8) -> Iterator[Image]:
@@ -81,13 +88,16 @@ def shard_facts(uri: str) -> ShardFacts:
     """Rows, ids and region counts of a shard, reading those columns only. Raises ValueError as `read_shard` does."""
     with _opened(uri) as file:
         table = file.read(columns=["image_id", "regions.list.element.region_id"])
-        metadata = _metadata(file.schema_arrow)
-    lengths = table["regions"].combine_chunks().value_lengths().fill_null(0)
+        metadata = _metadata(file)
+    regions = table["regions"].combine_chunks()
+    lengths = regions.value_lengths().fill_null(0)
+    region_ids = regions.flatten().field("region_id")
     return ShardFacts(
         uri=uri,
         num_rows=table.num_rows,
         image_ids=np.asarray(table["image_id"].to_numpy(), np.int64),
         num_regions=np.asarray(lengths.to_numpy(zero_copy_only=False), np.int32),
+        region_ids=np.asarray(region_ids.to_numpy(zero_copy_only=False), np.int64),
         metadata=metadata,
     )
 
@@ -97,7 +107,7 @@ def shard_metadata(uri: str) -> dict[str, str] | None:
     if not storage.exists(uri):
         return None
     with _opened(uri) as file:
-        return _metadata(file.schema_arrow)
+        return _metadata(file)
 
 
 def shard_schema(metadata: Mapping[str, str]) -> pa.Schema:
@@ -208,8 +218,9 @@ def _check_schema(uri: str, found: pa.Schema) -> None:
         )
 
 
-def _metadata(schema: pa.Schema) -> dict[str, str]:
-    return {k.decode(): v.decode() for k, v in (schema.metadata or {}).items() if k.startswith(b"meddam.")}
+def _metadata(file: pq.ParquetFile) -> dict[str, str]:
+    entries = file.metadata.metadata or {}
+    return {k.decode(): v.decode() for k, v in entries.items() if k.startswith(b"meddam.")}
 
 
 def _feature(kind: pa.DataType) -> Any:

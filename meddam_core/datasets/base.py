@@ -66,6 +66,9 @@ class SourceItem:
     split: str | None = None
     patient_id: str | None = None
     study_id: str | None = None
+    patient_key: str | None = None
+    """Keyed hash of the patient id, where that was taken away already; so `study_key`."""
+    study_key: str | None = None
     modality: str | None = None
     pixel_spacing_mm: list[float] | None = None
     licence: str | None = None

@@ -13,6 +13,8 @@ from typing import Any, Protocol
 
 CHUNK = 1 << 20
 _SPACE = " \t\r\n"
+_AFTER = tuple(",]}" + _SPACE)
+"""What may stand right after a number."""
 
 
 class TextStream(Protocol):
@@ -63,7 +65,8 @@ class _Cursor:
                 if not self._more():
                     raise
                 continue
-            if end == len(self._text) and self._more():
+            cut = isinstance(value, int | float) and self._text[end : end + 1] not in _AFTER
+            if cut and self._more():
                 continue  # a number may go on in the next chunk
             self._at = end
             return value

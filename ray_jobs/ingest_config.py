@@ -1,0 +1,138 @@
+"""What `meddam ingest SOURCE` can be told: one config a source, all sharing what every ingest has.
+
+cfg = ManifestConfig(path="list.jsonl", out="s3://bucket/films", recipe="chest-film")
+SOURCES["manifest"]                    # the config class and its positional arguments, for the command line
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meddam_core.datasets.base import Source
+from meddam_core.datasets.coco import Coco
+from meddam_core.datasets.manifest import Manifest
+from meddam_core.datasets.phantoms import KINDS, Options, Phantoms
+from meddam_core.datasets.phantoms.scene import Kind
+from meddam_core.datasets.pydicom_samples import PydicomSamples
+from meddam_core.datasets.recipes import AUTO
+from meddam_core.records import Egress
+
+
+class Config(BaseModel):
+    """What every source's ingest can be told."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    out: str
+    """Where the dataset goes, on S3 or disk. Run again with the same to resume."""
+    recipe: str = AUTO
+    """Rules of margin, prompt and number of regions (docs/recipes.md); auto goes by the image's modality."""
+    dataset: str | None = None
+    """The dataset's name in every row; by default the source's."""
+    licence: str | None = None
+    """Licence of the images, where the source names none itself."""
+    egress: Egress | None = None
+    """Where pixels and captions may go: deny (nowhere outside the cluster), zero-retention, or open."""
+    max_regions: int | None = Field(None, ge=1)
+    """Regions an image, chosen with the seed and balanced over labels and places; by default the recipe's number."""
+    seed: int = 0
+    """Of the choice of regions."""
+    pixels_cleared: bool = False
+    """Somebody checked that no pixel names or shows a patient; otherwise photographs and the like are egress=deny."""
+    images_per_shard: int = Field(256, ge=1, le=1 << 20)
+    """Source items a shard."""
+    max_pixels: int = Field(100_000_000, ge=1)
+    """Larger pictures are rejected before they are decoded."""
+    secret_file: Path | None = None
+    """File with the secret for patient, study and image keys; by default the variable MEDDAM_SECRET."""
+    num_cpus: int | None = Field(None, ge=2)
+    """CPUs of a Ray session started on this machine."""
+
+    def source(self) -> Source:
+        """The adapter. Raises ValueError for settings it cannot work with."""
+        raise TypeError(f"{type(self).__name__} names no source; use one of its subclasses")
+
+
+class ManifestConfig(Config):
+    """Images and regions listed in a JSONL or CSV file (docs/datasets.md has its columns)."""
+
+    path: str
+    """The manifest (.jsonl, .ndjson, .csv, .tsv), on S3 or disk."""
+    root: str | None = None
+    """Folder that relative paths in it start from; by default the manifest's own."""
+
+    def source(self) -> Source:
+        return Manifest(path=self.path, root=self.root)
+
+
+class CocoConfig(Config):
+    """An instances file in COCO's format and a folder of pictures."""
+
+    annotations: str
+    """The instances file (.json), on S3 or disk."""
+    images: str
+    """Folder that holds the pictures."""
+    crowds: bool = True
+    """Whether annotations of crowds are regions."""
+    split: str = "all"
+    """The split that all these images belong to."""
+    recipe: str = "coco"
+    """Rules of margin, prompt and number of regions (docs/recipes.md)."""
+
+    def source(self) -> Source:
+        return Coco(annotations=self.annotations, images=self.images, crowds=self.crowds, split=self.split)
+
+
+class PhantomsConfig(Config):
+    """Synthetic chest films, CT slices and skin photographs whose every fact is known."""
+
+    count: int = Field(60, ge=1)
+    """Pictures in all, the kinds in turn."""
+    kinds: tuple[Kind, ...] = KINDS
+    """chest, ct, skin, or some of them."""
+    phantom_seed: int = Field(0, ge=0)
+    """Another seed gives another set."""
+    first: int = Field(0, ge=0)
+    """Number of the first picture: sets of one seed that share no number share no picture."""
+    split: str = "all"
+    """The split that all these pictures belong to."""
+    size: int = Field(1024, ge=512, le=4096)
+    """Side of the canvas, pixels."""
+    max_lesions: int = Field(4, ge=1, le=6)
+    """Lesions a picture, at most."""
+    surroundings: str = Field("anatomy", pattern="^(anatomy|neutral)$")
+    """neutral: around regions the anatomy gives way to even tissue, so that a crop tells nothing about its place."""
+    only: tuple[str, ...] = ()
+    """Draw only lesions of these combinations, such as "margin=spiculated&density=solid"."""
+    without: tuple[str, ...] = ()
+    """Never draw lesions of these combinations."""
+    distractors: bool = True
+    """Whether distractors and normal tissue are regions too."""
+
+    def source(self) -> Source:
+        options = Options(
+            size=self.size, max_lesions=self.max_lesions, only=self.only, without=self.without,
+            surroundings="neutral" if self.surroundings == "neutral" else "anatomy",
+        )  # fmt: skip
+        return Phantoms(
+            count=self.count, kinds=self.kinds, seed=self.phantom_seed, first=self.first, split=self.split,
+            options=options, distractors=self.distractors,
+        )  # fmt: skip
+
+
+class PydicomSamplesConfig(Config):
+    """A few real CT, MR, nuclear, ultrasound and radiography files that come with pydicom."""
+
+    def source(self) -> Source:
+        return PydicomSamples()
+
+
+SOURCES: dict[str, tuple[type[Config], tuple[str, ...]]] = {
+    "manifest": (ManifestConfig, ("path",)),
+    "coco": (CocoConfig, ("annotations",)),
+    "phantoms": (PhantomsConfig, ()),
+    "pydicom-samples": (PydicomSamplesConfig, ()),
+}
+"""By the name on the command line: the config and which of its fields are positional."""
