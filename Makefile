@@ -8,6 +8,8 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3 python,$(shell $
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# A small DAM of random weights: the demo's captions are real in everything but their sense.
+MODEL ?= tests/data/oracle/dam_tiny/checkpoint
 PACKAGES := meddam_core qa_library ray_jobs
 
 export HF_HUB_OFFLINE = 1
@@ -30,7 +32,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@touch $@
 
 demo: $(STAMP)
-	$(BIN)/meddam demo $(DEMO)
+	$(BIN)/meddam demo --model $(MODEL) $(DEMO)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS)

@@ -12,6 +12,7 @@ Importing this file, and so every `--help`, loads neither Ray nor torch.
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import sys
@@ -24,7 +25,8 @@ from pydantic import BaseModel
 
 from meddam_core import __version__
 from meddam_core.storage import explain
-from ray_jobs import audit, caption, describe, report
+from ray_jobs import audit, caption, demo, describe, ingest, report
+from ray_jobs.ingest_config import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
 from ray_jobs.run_directory import RUN, RunDirectory
@@ -82,6 +84,11 @@ def _finish(summary: Any, as_json: bool) -> None:
     typer.echo(summary.model_dump_json(indent=2) if as_json else "\n".join(summary.lines()))
     raise typer.Exit(summary.exit_code)
 
+
+_ingest = typer.Typer(help="Turn a dataset into image shards: de-identified pixels and regions.", no_args_is_help=True)
+app.add_typer(_ingest, name="ingest")
+for _name, (_config, _arguments) in SOURCES.items():
+    _job(_name, _config, ingest.run, _arguments, {"out": "-o"}, inspect.getdoc(_config) or "", _ingest)
 
 _job(
     "caption", caption.Config, caption.run, ["shards"], {"out": "-o", "model": "-m"},
@@ -145,6 +152,11 @@ def _verify(
     found = verify(checkpoint, oracle)
     typer.echo(found.to_json() if as_json else render_text(found))
     raise typer.Exit(0 if found.passed else EXIT_DIFFERENT)
+
+
+_job(
+    "demo", demo.Config, demo.run, [], {"model": "-m"}, "Show all of it on this machine, with an S3 server on loopback."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -126,6 +126,8 @@ def _option_type(annotation: Any) -> tuple[Any, str | None]:
     if isinstance(annotation, type) and issubclass(annotation, Enum):
         return annotation, None
     if origin is list or (origin is tuple and args[-1] is Ellipsis):
+        if get_origin(args[0]) is Literal:  # typer has no list of choices; the model checks them
+            return list[str], "|".join(str(a) for a in get_args(args[0]))
         return list[_option_type(args[0])[0]], None  # type: ignore[misc]
     if origin is tuple:
         return str, ",".join("N" for _ in args)
@@ -167,7 +169,7 @@ def _sentence(config: type[BaseModel], error: Any, arguments: Sequence[str]) -> 
     field = config.model_fields.get(name)
     kind, metavar = _option_type(field.annotation) if field else (str, None)
     option = name.upper() if name in arguments else _option_name(name, kind)
-    if len(error["loc"]) > 1 and metavar and metavar != "YAML":
+    if len(error["loc"]) > 1 and metavar and kind is str and metavar != "YAML":
         return f"{option} takes {metavar}: {metavar.count('N')} numbers with commas between them"
     if error["type"] == "missing":
         return f"{option} is missing: {(field and field.description) or 'it has no default'}"

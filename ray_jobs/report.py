@@ -20,13 +20,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from meddam_core.imaging.render import render
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
 from meddam_core import storage
 from meddam_core.captioner import RegionPreparer, ViewRules
 from meddam_core.focal import focal_box
+from meddam_core.imaging.render import render
 from meddam_core.records import Caption, Image, Region, RowError, from_row
 from meddam_core.regions.masks import prompt_box, region_prompt_mask
 from meddam_core.reports.run_report import GalleryEntry, RunFacts, Speed, run_report
