@@ -2,6 +2,7 @@
 
     decoded = decode(Path("scan.dcm").read_bytes())          # a single picture, or frame 0
     decoded = decode(volume_bytes, frame=40)                 # slice 40 of a NIfTI volume, frame 40 of a clip
+    decoded = decode(film_bytes, box=(600, 700, 1500, 1800)) # only a part, without decoding all of it where possible
 
 Invariants:
 - the kind of file is taken from its content, never from its name;
@@ -12,14 +13,16 @@ Invariants:
 
 from __future__ import annotations
 
-from meddam_core.imaging.decoded import Decoded
+import dataclasses
+
+from meddam_core.imaging.decoded import Decoded, Stored
 from meddam_core.imaging.dicom import decode_dicom
-from meddam_core.imaging.limits import Limits, inflate
+from meddam_core.imaging.limits import Limits, check_box, inflate
 from meddam_core.imaging.quiet import quiet
 from meddam_core.imaging.raster import FORMATS, decode_raster
 from meddam_core.imaging.sniff import Kind, sniff
 from meddam_core.imaging.volume import decode_nifti
-from meddam_core.records import Reason, RowError
+from meddam_core.records import Box, Reason, RowError
 
 _IMAGE_SUFFIXES = (
     ".bmp", ".dcm", ".dicom", ".gif", ".ima", ".jp2", ".jpeg", ".jpg", ".nii", ".nii.gz", ".png", ".tif", ".tiff",
@@ -28,11 +31,16 @@ _IMAGE_SUFFIXES = (
 _SNIFF_BYTES = 4096
 
 
-def decode(data: bytes, *, name: str = "", frame: int | None = None, limits: Limits | None = None) -> Decoded:
-    """One picture of the file whose content is `data`.
+def decode(
+    data: bytes, *, name: str = "", frame: int | None = None, box: Box | None = None, limits: Limits | None = None
+) -> Decoded:
+    """One picture of the file whose content is `data`, or only the part of it within `box`.
 
     name: the file's name, used only to word the reason for content of no known kind; it is never repeated.
     frame: which frame, page or slice, from 0; a volume (NIfTI) needs one, elsewhere it defaults to the first.
+    box: (x0, y0, x1, y1), half-open, in pixels of the whole picture. A part is read from its own rows of uncompressed
+    DICOM, and from its own code blocks of JPEG 2000; its pixels are those of the whole. A default window is the part's
+    own: name one, or "header", where it matters.
     Raises RowError, and nothing else, for whatever is wrong with the data.
     """
     limits = limits or Limits()
@@ -42,7 +50,7 @@ def decode(data: bytes, *, name: str = "", frame: int | None = None, limits: Lim
     kind = sniff(data)
     with quiet():
         try:
-            return _decode(data, kind, name, frame, limits)
+            return _decode(data, kind, name, frame, box, limits)
         except RowError as error:
             raise RowError(error.reason, error.detail) from None
         except MemoryError:
@@ -53,22 +61,28 @@ def decode(data: bytes, *, name: str = "", frame: int | None = None, limits: Lim
             ) from None
 
 
-def _decode(data: bytes, kind: Kind, name: str, frame: int | None, limits: Limits) -> Decoded:
+def _decode(data: bytes, kind: Kind, name: str, frame: int | None, box: Box | None, limits: Limits) -> Decoded:
     if kind == "dicom":
-        return decode_dicom(data, frame=frame, limits=limits)
+        return decode_dicom(data, frame=frame, box=box, limits=limits)
     if kind in FORMATS:
-        return decode_raster(data, kind=kind, frame=frame, limits=limits)
+        return _part(decode_raster(data, kind=kind, frame=frame, limits=limits), box)
     if kind == "nifti":
-        return decode_nifti(data, frame=frame, limits=limits)
+        return _part(decode_nifti(data, frame=frame, limits=limits), box)
     if kind == "gzip":
         inner = sniff(inflate(data, wbits=31, limits=limits, enough=_SNIFF_BYTES))
-        if inner == "nifti":
-            return decode_nifti(data, frame=frame, limits=limits)
         if inner in ("unknown", "gzip"):
             raise RowError(Reason.NOT_AN_IMAGE, "a compressed file that holds no image")
-        return _decode(inflate(data, wbits=31, limits=limits), inner, name, frame, limits)
+        return _decode(inflate(data, wbits=31, limits=limits), inner, name, frame, box, limits)
     if kind == "encrypted":
         raise RowError(Reason.ENCRYPTED, "the file is encrypted")
     if name.lower().endswith(_IMAGE_SUFFIXES):
         raise RowError(Reason.CORRUPT, "named like an image, but its content is of no known kind")
     raise RowError(Reason.NOT_AN_IMAGE, "the content is of no known kind of image")
+
+
+def _part(whole: Decoded, box: Box | None) -> Decoded:
+    if box is None:
+        return whole
+    check_box(box, rows=whole.height, columns=whole.width)
+    part: Stored = whole.stored[box[1] : box[3], box[0] : box[2]].copy()
+    return dataclasses.replace(whole, stored=part)

@@ -21,21 +21,23 @@ from meddam_core.imaging.dicom_file import DicomFile, open_dicom
 from meddam_core.imaging.dicom_header import Header
 from meddam_core.imaging.dicom_luts import lut_of
 from meddam_core.imaging.dicom_pixels import frame_format, stored_frame
-from meddam_core.imaging.limits import Limits
-from meddam_core.records import Reason, Rescale, RowError
+from meddam_core.imaging.limits import Limits, check_box
+from meddam_core.records import Box, Reason, Rescale, RowError
 
 _PIXEL_DATA = 0x7FE00010
 
 
-def decode_dicom(data: bytes, *, frame: int | None = None, limits: Limits) -> Decoded:
-    """One frame of a DICOM file; frame 0 where none is named. Raises RowError."""
+def decode_dicom(data: bytes, *, frame: int | None = None, box: Box | None = None, limits: Limits) -> Decoded:
+    """One frame of a DICOM file, or only the part within `box`; frame 0 where none is named. Raises RowError."""
     file = open_dicom(data, limits)
     header = Header(file.dataset, frame or 0)
     _check_has_pixels(file, header)
     fmt = frame_format(header, limits)
     if not 0 <= header.frame < fmt.num_frames:
         raise RowError(Reason.BAD_ANNOTATION, f"frame {frame} of a file with {fmt.num_frames}")
-    pixels = stored_frame(file, header, fmt, limits)
+    if box is not None:
+        check_box(box, rows=fmt.rows, columns=fmt.columns)
+    pixels = stored_frame(file, header, fmt, limits, box)
     modality = dicom_header.modality(header)
     grey = pixels.photometric != "RGB"
     rescale = dicom_header.rescale(header) if grey else None

@@ -14,18 +14,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meddam_core.imaging.codecs import DEFLATED_FRAME, RLE, Frame, FrameFormat, codec_for, with_sign
+from meddam_core.imaging.codecs import DEFLATED_FRAME, HTJ2K, JPEG_2000, RLE, codec_for
 from meddam_core.imaging.decoded import Stored
+from meddam_core.imaging.dicom_colour import palette_to_rgb, ybr_to_rgb
 from meddam_core.imaging.dicom_file import EXPLICIT_BIG, DicomFile
 from meddam_core.imaging.dicom_header import Header
 from meddam_core.imaging.encapsulated import frame_bytes
+from meddam_core.imaging.frames import Frame, FrameFormat, to_unsigned, with_sign
+from meddam_core.imaging.jpeg2000 import decode_jpeg2000_part
 from meddam_core.imaging.limits import Limits
-from meddam_core.records import Reason, RowError
+from meddam_core.records import Box, Reason, RowError
 
 _GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
-_BLOCK_ROWS = 64
-"""Rows converted at a time: the temporaries stay in the processor's cache."""
 
 
 class StoredFrame(NamedTuple):
@@ -91,17 +92,19 @@ def _photometric(header: Header, samples: int) -> str:
     return found
 
 
-def stored_frame(file: DicomFile, header: Header, fmt: FrameFormat, limits: Limits) -> StoredFrame:
-    """Frame `header.frame` as stored values. Raises RowError(corrupt, no_pixels, unsupported_codec, ...)."""
-    if file.native:
-        frame = _native(file, fmt, header.frame)
-    else:
-        if not file.undefined_length:
-            raise RowError(Reason.CORRUPT, "the pixel data are not encapsulated as their transfer syntax asks")
-        src = frame_bytes(file.pixels, header.frame, fmt.num_frames, _extended_offsets(header))
-        frame = codec_for(file.transfer_syntax)(src, fmt, limits)
-    as_allocated = file.native or file.transfer_syntax in (RLE, DEFLATED_FRAME)
-    samples = _only_stored_bits(frame, fmt) if as_allocated else frame.samples
+def stored_frame(
+    file: DicomFile, header: Header, fmt: FrameFormat, limits: Limits, box: Box | None = None
+) -> StoredFrame:
+    """Frame `header.frame` as stored values, or only the part within `box`.
+
+    Raises RowError(corrupt, no_pixels, unsupported_codec, ...).
+    """
+    frame = _native(file, fmt, header.frame) if file.native else _compressed(file, header, fmt, limits, box)
+    samples = frame.samples
+    if box is not None and samples.shape[:2] == (fmt.rows, fmt.columns):
+        samples = samples[box[1] : box[3], box[0] : box[2]]
+    if file.native or file.transfer_syntax in (RLE, DEFLATED_FRAME):
+        samples = _only_stored_bits(samples, fmt)
     if frame.photometric == "PALETTE COLOR":
         return StoredFrame(palette_to_rgb(samples, header, file.little_endian), 8, 0, "RGB", frame.decoder)
     if frame.photometric.startswith("YBR"):
@@ -109,6 +112,17 @@ def stored_frame(file: DicomFile, header: Header, fmt: FrameFormat, limits: Limi
     photometric = "RGB" if samples.ndim == 3 else frame.photometric
     stored, bits, shift = to_unsigned(samples, frame.bits)
     return StoredFrame(stored, bits, shift, photometric, frame.decoder)
+
+
+def _compressed(file: DicomFile, header: Header, fmt: FrameFormat, limits: Limits, box: Box | None) -> Frame:
+    if not file.undefined_length:
+        raise RowError(Reason.CORRUPT, "the pixel data are not encapsulated as their transfer syntax asks")
+    decode = codec_for(file.transfer_syntax)
+    src = frame_bytes(file.pixels, header.frame, fmt.num_frames, _extended_offsets(header))
+    part = None
+    if box is not None and file.transfer_syntax in (*JPEG_2000, *HTJ2K):
+        part = decode_jpeg2000_part(src, fmt, box)
+    return part or decode(src, fmt, limits)
 
 
 def _extended_offsets(header: Header) -> list[int] | None:
@@ -176,9 +190,8 @@ def _from_422(samples: NDArray[Any], fmt: FrameFormat) -> NDArray[Any]:
     return out
 
 
-def _only_stored_bits(frame: Frame, fmt: FrameFormat) -> NDArray[Any]:
+def _only_stored_bits(samples: NDArray[Any], fmt: FrameFormat) -> NDArray[Any]:
     """Without the bits that are allocated but not stored: they may hold overlays or rubbish (PS3.5 8.1.1)."""
-    samples = frame.samples
     if fmt.bits_allocated == 1 or (fmt.bits_stored == fmt.bits_allocated and fmt.high_bit == fmt.bits_stored - 1):
         return samples
     native = samples.astype(samples.dtype.newbyteorder("="), copy=False)
@@ -186,105 +199,3 @@ def _only_stored_bits(frame: Frame, fmt: FrameFormat) -> NDArray[Any]:
     if drop > 0 and fmt.high_bit < fmt.bits_allocated:
         native = native.view(f"u{native.dtype.itemsize}") >> drop
     return with_sign(native, fmt.bits_stored, signed=fmt.signed)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# colour and range
-
-
-def ybr_to_rgb(ybr_HWC: NDArray[Any]) -> NDArray[np.uint8]:
-    """YBR_FULL -> RGB, uint8 (PS3.3 C.7.6.3.1.2). Raises RowError(unsupported_pixels) for more than 8 bits."""
-    if ybr_HWC.dtype.itemsize != 1:
-        raise RowError(Reason.UNSUPPORTED_PIXELS, "YBR pixels of more than 8 bits")
-    source = ybr_HWC.view(np.uint8) if ybr_HWC.dtype != np.uint8 else ybr_HWC
-    matrix = np.array([[1, 1, 1], [0, -0.114 * 1.772 / 0.587, 1.772], [1.402, -0.299 * 1.402 / 0.587, 0]], np.float32)
-    out = np.empty(source.shape, np.uint8)
-    for top in range(0, len(source), _BLOCK_ROWS):
-        block = source[top : top + _BLOCK_ROWS].astype(np.float32)
-        block -= np.array([0, 128, 128], np.float32)
-        rgb = block @ matrix
-        rgb += 0.5
-        out[top : top + _BLOCK_ROWS] = np.clip(np.floor(rgb, out=rgb), 0, 255, out=rgb)
-    return out
-
-
-def palette_to_rgb(index_HW: NDArray[Any], header: Header, little_endian: bool) -> NDArray[np.uint8]:
-    """Palette indices -> RGB, uint8; palettes of 16 bits keep their upper 8 (PS3.3 C.7.6.3.1.5-6, C.7.9)."""
-    channels = [_palette(header, colour, little_endian) for colour in ("Red", "Green", "Blue")]
-    size = min(len(c) for c in channels)
-    table = np.stack([c[:size] for c in channels], axis=1)
-    if table.max(initial=0) > 255:  # entries of 8 bits may be stored in 16, whatever the descriptor says
-        table >>= 8
-    first = _descriptor(header, "Red")[1]
-    if index_HW.dtype.kind == "i" and first >> 15:
-        first -= 1 << 16
-    at = np.clip(index_HW.astype(np.int32) - first, 0, size - 1)
-    return table.astype(np.uint8)[at]
-
-
-def _descriptor(header: Header, colour: str) -> list[int]:
-    """(number of entries, first mapped value, bits of an entry)"""
-    values = [int(v) for v in header.floats(f"{colour}PaletteColorLookupTableDescriptor")]
-    if len(values) != 3 or values[2] not in (8, 16):
-        raise RowError(Reason.CORRUPT, "the colour palette is missing or broken")
-    return [values[0] & 0xFFFF or 1 << 16, values[1], values[2]]
-
-
-def _palette(header: Header, colour: str, little_endian: bool) -> NDArray[np.int64]:
-    size, _, bits = _descriptor(header, colour)
-    order = "<" if little_endian else ">"
-    plain = header.value(f"{colour}PaletteColorLookupTableData")
-    segmented = header.value(f"Segmented{colour}PaletteColorLookupTableData")
-    if isinstance(plain, bytes):
-        kind = f"{order}u2" if len(plain) >= 2 * size else "u1"
-        width = int(kind[-1])
-        entries = np.frombuffer(plain[: len(plain) // width * width], kind).astype(np.int64)[:size]
-    elif isinstance(segmented, bytes):
-        raw = np.frombuffer(segmented, "u1" if bits == 8 else f"{order}u2")
-        entries = np.array(_segments(raw.tolist(), size), np.int64)[:size]
-    else:
-        entries = np.empty(0, np.int64)
-    if len(entries) == 0:
-        raise RowError(Reason.CORRUPT, "the colour palette is missing or broken")
-    return entries
-
-
-def _segments(data: list[int], size: int) -> list[int]:
-    """Segmented palette data, expanded (PS3.3 C.7.9.2); indirect segments are refused."""
-    out: list[int] = []
-    at = 0
-    while at + 2 < len(data) and len(out) < size:
-        opcode, length = data[at], data[at + 1]
-        if opcode == 0:
-            out += data[at + 2 : at + 2 + length]
-            at += 2 + length
-        elif opcode == 1 and out:
-            steps = np.linspace(out[-1], data[at + 2], length + 1)[1:]
-            out += np.rint(steps).astype(int).tolist()
-            at += 3
-        else:
-            raise RowError(Reason.UNSUPPORTED_PIXELS, "the colour palette has segments of an unsupported kind")
-    return out
-
-
-def to_unsigned(samples: NDArray[Any], bits: int) -> tuple[Stored, int, int]:
-    """(stored, bits, shift): values moved into uint8 or uint16 without loss, stored = samples + shift.
-
-    Signed values of n bits are shifted by 2 ** (n - 1), the same for every slice of a series. Wider ones are shifted by
-    their minimum if their range fits in 16 bits. Raises RowError(unsupported_pixels) if it doesn't.
-    """
-    kind, size = samples.dtype.kind, samples.dtype.itemsize
-    if size > 2:
-        low, high = int(samples.min()), int(samples.max())
-        if high - low >= 1 << 16:
-            raise RowError(Reason.UNSUPPORTED_PIXELS, "pixel values span more than 16 bits")
-        shift = -low if low < 0 or high >= 1 << 16 else 0
-        return (samples.astype(np.int64) + shift).astype(np.uint16), 16, shift
-    bits = min(bits, 8 * size)
-    unsigned = np.dtype(f"u{size}")
-    shift = 1 << (bits - 1) if kind == "i" else 0
-    values = samples.astype(samples.dtype.newbyteorder("="), copy=False).view(unsigned)
-    stored: Any = values + unsigned.type(shift) if shift else values
-    if bits < 8 * size and int(stored.max()) >> bits:  # a header that lies about its bits
-        bits = 8 * size
-    return np.ascontiguousarray(stored), bits, shift

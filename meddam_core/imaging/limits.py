@@ -10,7 +10,7 @@ from __future__ import annotations
 import zlib
 from dataclasses import dataclass
 
-from meddam_core.records import Reason, RowError
+from meddam_core.records import Box, Reason, RowError
 
 _CHUNK_BYTES = 1 << 20
 
@@ -54,6 +54,15 @@ class Limits:
             raise RowError(
                 Reason.TOO_LARGE, f"the data inflate to more than the {self.max_inflated_bytes:,} bytes allowed"
             )
+
+
+def check_box(box: Box, *, rows: int, columns: int) -> None:
+    """Raises RowError(box_empty, box_outside) unless `box` lies within the picture."""
+    x0, y0, x1, y1 = box
+    if x0 >= x1 or y0 >= y1:
+        raise RowError(Reason.BOX_EMPTY, "the box has no pixels")
+    if x0 < 0 or y0 < 0 or x1 > columns or y1 > rows:
+        raise RowError(Reason.BOX_OUTSIDE, "the box reaches outside the picture")
 
 
 def inflate(data: bytes | memoryview, *, wbits: int, limits: Limits, enough: int | None = None) -> bytes:

@@ -22,7 +22,7 @@ from PIL import Image, ImageCms
 from PIL.TiffImagePlugin import TiffImageFile
 
 from meddam_core.imaging.decoded import Decoded, Stored
-from meddam_core.imaging.dicom_pixels import to_unsigned
+from meddam_core.imaging.frames import to_unsigned
 from meddam_core.imaging.limits import Limits
 from meddam_core.imaging.png import END
 from meddam_core.imaging.sniff import Kind

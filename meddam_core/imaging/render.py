@@ -32,6 +32,7 @@ from meddam_core.imaging.windows import (
 )
 from meddam_core.records import Box, Image, Reason, RowError, Window
 
+HEADER = "header"
 _BLOCK_PIXELS = 1 << 16
 """Pixels looked up at a time: the index temporaries stay in the processor's cache."""
 
@@ -39,7 +40,8 @@ _BLOCK_PIXELS = 1 << 16
 def render(image: Image | Decoded, window: Window | str | None = None) -> NDArray[np.uint8]:
     """(H, W, 3) uint8 RGB of a row or a decoded picture.
 
-    window: a Window, the name of a CT preset, "three_window", or None for the default of the modality. Colour pictures
+    window: a Window, the name of a CT preset, "three_window", "header" for the header's own even if it looks like
+    nonsense, or None for the default of the modality. Colour pictures
     have no window: they pass through. Raises ValueError for a preset that doesn't exist; RowError(unsupported_pixels)
     for a CT preset on values that aren't HU, and whatever is wrong with the row's picture.
     """
@@ -74,6 +76,8 @@ def render_stored(
 
 def resolve_window(stored: Stored, facts: Facts, window: Window | str | None) -> Window | None:
     """The window that `render` will use: goes into the row as provenance. None for colour."""
+    if window == HEADER:
+        return facts.window or default_window(stored, facts)
     if isinstance(window, str):
         found = preset(window)
         if stored.ndim == 3:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddam_core.imaging.decoded import Decoded
-from meddam_core.imaging.dicom_pixels import to_unsigned
+from meddam_core.imaging.frames import to_unsigned
 from meddam_core.imaging.limits import Limits, inflate
 from meddam_core.records import Reason, Rescale, RowError
 
