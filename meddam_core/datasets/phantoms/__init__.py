@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field
 from typing import get_args
 
 from meddam_core.datasets.base import Source, SourceItem, SourceRegion
-from meddam_core.datasets.phantoms.phantom import Options, Phantom, make_phantom
+from meddam_core.datasets.phantoms.phantom import Options, Phantom, check_options, make_phantom
 from meddam_core.datasets.phantoms.scene import KINDS, Kind
 from meddam_core.imaging.decoded import Decoded
 from meddam_core.imaging.limits import Limits
@@ -51,6 +51,8 @@ class Phantoms(Source):
             raise ValueError(f"there are no phantoms {sorted(unknown)}; use some of {', '.join(KINDS)}")
         if self.count < 1 or self.options.size < 512:
             raise ValueError("phantoms need a count of at least 1 and a canvas of at least 512 pixels")
+        for kind in self.kinds:
+            check_options(kind, self.options)
 
     def fingerprint(self) -> str:
         """Of everything that decides the pictures."""

@@ -70,9 +70,25 @@ class Options:
                 if wanted and not any(look.has(c) for c in self.without):
                     return look
                 size = str(rng.choice(("small", "medium", "large")))
-            raise ValueError(f"no lesion is of {self.only} without {self.without}; check the names and values")
+            raise ValueError(f"no lesion is of {self.only} without {self.without}")
 
         return draw  # type: ignore[return-value]
+
+
+_LOOKS: dict[Kind, LookDrawer] = {"chest": chest.draw_look, "ct": ct.draw_look, "skin": skin.draw_look}
+
+
+def check_options(kind: Kind, options: Options) -> None:
+    """Raises ValueError where no lesion of this kind of picture is allowed by the options."""
+    rng = np.random.default_rng(0)
+    try:
+        for size in ("small", "medium", "large"):
+            options.allows(_LOOKS[kind])(rng, size)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(
+            f"{kind} phantoms: no lesion is of {options.only} without {options.without}; check names and values, and "
+            "choose the kinds that have them"
+        ) from error
 
 
 def make_phantom(kind: Kind, seed: int, index: int, options: Options | None = None) -> Phantom:
@@ -173,7 +189,7 @@ def _neutral(scene: Scene, image: Float, level: Float) -> Float:
 def _chest(rng: Rng, options: Options) -> Phantom:
     thorax = chest.draw_thorax(rng, options.size)
     scene = draw_scene(
-        "chest", rng, thorax.field(), options.allows(chest.draw_look), chest.DISTRACTOR, options.max_lesions
+        "chest", rng, thorax.field(), options.allows(_LOOKS["chest"]), chest.DISTRACTOR, options.max_lesions
     )
     film = chest.background(rng, thorax)
     if options.surroundings == "neutral":
@@ -215,7 +231,7 @@ def _electrode(film: Float, thing: Thing) -> None:
 
 def _ct(rng: Rng, options: Options) -> Phantom:
     slice_ = ct.draw_slice(rng, options.size)
-    scene = draw_scene("ct", rng, slice_.field(), options.allows(ct.draw_look), ct.DISTRACTOR, options.max_lesions)
+    scene = draw_scene("ct", rng, slice_.field(), options.allows(_LOOKS["ct"]), ct.DISTRACTOR, options.max_lesions)
     hu = ct.background(rng, slice_)
     if options.surroundings == "neutral":
         hu = _neutral(scene, hu, np.float32(ct.NEUTRAL) + 20 * noise(rng, options.size, 30))
@@ -262,7 +278,7 @@ def _crossing_vessel(hu: Float, thing: Thing) -> None:
 def _skin(rng: Rng, options: Options) -> Phantom:
     ground = skin.draw_patch(rng, options.size)
     scene = draw_scene(
-        "skin", rng, ground.field(), options.allows(skin.draw_look), skin.DISTRACTOR, options.max_lesions
+        "skin", rng, ground.field(), options.allows(_LOOKS["skin"]), skin.DISTRACTOR, options.max_lesions
     )
     image_HWC = skin.background(rng, ground)
     regions: list[PhantomRegion] = []

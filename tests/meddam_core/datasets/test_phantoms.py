@@ -181,6 +181,9 @@ def test_neutral_surroundings_hide_the_anatomy() -> None:
 def test_bad_settings_say_what_to_do() -> None:
     with pytest.raises(ValueError, match="chest, ct, skin"):
         Phantoms(kinds=("knee",))  # type: ignore[arg-type]
+    for wrong in ("density=wooden", "wood=solid", "colour=red"):
+        with pytest.raises(ValueError, match="no lesion is of"):
+            Phantoms(kinds=("ct",), options=Options(only=(wrong,)))
     with pytest.raises(ValueError, match="at least 512"):
         Phantoms(options=Options(size=100))
     with pytest.raises(ValueError, match="chest, ct, skin"):
