@@ -162,7 +162,7 @@ def finish_summary(
             "quarantined": [str(i) for i in totals.quarantined], "speed": speed_line(totals),
             **speed_figures(totals),
         },
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 def _check(cfg: Config, prompts: tuple[Prompt, ...]) -> None:
