@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from meddam_core.datasets.recipes import Recipe, get_recipe
 from meddam_core.engines.base import Request, Result, Sampling
 from meddam_core.engines.loop import EngineLoop
-from meddam_core.focal import Aspect, focal_views, full_view
+from meddam_core.focal import Aspect, FocalImage
 from meddam_core.imaging.render import render
 from meddam_core.prompts import Prompt
 from meddam_core.records import FinishReason, Image, Reason, Region, RegionCaption, RowError, Status
@@ -71,13 +71,12 @@ class RegionPreparer:
         """One entry a region, in their order. Raises RowError when the image as a whole cannot be rendered."""
         recipe = self.recipe(image)
         image_HWC = render(image, window=recipe.window)
-        size = self.rules.size
-        full_SSC = full_view(image_HWC, size, recipe.aspect)
+        focal = FocalImage(image_HWC, self.rules.size, recipe.aspect)
         prepared = []
         for region in image.regions:
             try:
                 mask_HW = region_prompt_mask(region, (image.width, image.height), recipe.margin, recipe.prompt)
-                views = focal_views(image_HWC, mask_HW, size, recipe.aspect, full_SSC=full_SSC)
+                views = focal.views(mask_HW)
             except RowError as error:
                 prepared.append(PreparedRegion(region=region, views_N8SS=None, error=error))
             else:

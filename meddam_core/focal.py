@@ -60,39 +60,56 @@ def expanded_box(box: Box, size: tuple[int, int], min_side_px: int = MIN_SIDE_PX
 
 
 def focal_views(
-    image_HWC: NDArray[np.uint8],
-    mask_HW: NDArray[np.uint8],
-    size: int,
-    aspect: Aspect = "stretch",
-    full_SSC: NDArray[np.uint8] | None = None,
+    image_HWC: NDArray[np.uint8], mask_HW: NDArray[np.uint8], size: int, aspect: Aspect = "stretch"
 ) -> NDArray[np.uint8]:
     """(8, S, S) uint8: full R, G, B, mask, then focal R, G, B, mask. Any nonzero mask pixel counts as inside.
 
-    `full_SSC` is `full_view(image_HWC, size, aspect)` where the caller has it already: an image's regions share it.
+    For several regions of one image use FocalImage, which does the image's share once.
     Raises RowError(mask_empty), or RowError(mask_size) where the mask is not of the image's size.
     """
-    _check_image(image_HWC)
-    if mask_HW.shape != image_HWC.shape[:2]:
-        raise RowError(
-            Reason.MASK_SIZE, f"the mask is {mask_HW.shape}, the image {image_HWC.shape[:2]} (rows, columns)"
-        )
-    inner = tight_box(mask_HW)
-    x0, y0, x1, y1 = expanded_box(inner, (mask_HW.shape[1], mask_HW.shape[0]))
-    binary_HW = np.where(mask_HW != 0, np.uint8(255), np.uint8(0))
-    if full_SSC is None:
-        full_SSC = full_view(image_HWC, size, aspect)
-    crop_HWC, crop_mask_HW = image_HWC[y0:y1, x0:x1], binary_HW[y0:y1, x0:x1]
-    views = np.empty((8, size, size), np.uint8)
-    views[0:3] = full_SSC.transpose(2, 0, 1)
-    if aspect == "pad":
-        views[3] = _padded(mask_HW=binary_HW, size=size)
-        both = _letterbox(size)(image=np.ascontiguousarray(crop_HWC), mask=np.ascontiguousarray(crop_mask_HW))
-        views[4:7], views[7] = both["image"].transpose(2, 0, 1), both["mask"]
+    return FocalImage(image_HWC, size, aspect).views(mask_HW)
+
+
+class FocalImage:
+    """An image whose regions are to be seen: what they share is done once.
+
+    Args:
+        image_HWC: (H, W, 3) uint8.
+        size: S, the side of the views.
+        aspect: how views become square.
+    """
+
+    def __init__(self, image_HWC: NDArray[np.uint8], size: int, aspect: Aspect = "stretch") -> None:
+        self.full_SSC = full_view(image_HWC, size, aspect)
+        self._image_HWC = image_HWC
+        self._size = size
+        self._aspect = aspect
+        # a crop of a grey picture is grey: one channel is cut out and resized
+        self._pixels = np.ascontiguousarray(image_HWC[:, :, 0]) if _is_grey(image_HWC) else image_HWC
+
+    def views(self, mask_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """(8, S, S) uint8 of one region, as `focal_views` gives them, with its errors."""
+        height, width = self._image_HWC.shape[:2]
+        if mask_HW.shape != (height, width):
+            raise RowError(
+                Reason.MASK_SIZE, f"the mask is {mask_HW.shape}, the image {(height, width)} (rows, columns)"
+            )
+        inner = tight_box(mask_HW)
+        x0, y0, x1, y1 = expanded_box(inner, (width, height))
+        views = np.empty((8, self._size, self._size), np.uint8)
+        views[0:3] = self.full_SSC.transpose(2, 0, 1)
+        if self._aspect == "pad":
+            views[3] = _padded(_binary(mask_HW), self._size)
+            crop_HWC, crop_mask_HW = self._image_HWC[y0:y1, x0:x1], _binary(mask_HW[y0:y1, x0:x1])
+            both = _letterbox(self._size)(image=np.ascontiguousarray(crop_HWC), mask=crop_mask_HW)
+            views[4:7], views[7] = both["image"].transpose(2, 0, 1), both["mask"]
+            return views
+        views[3] = _stretched_mask(mask_HW, inner, self._size)
+        crop = _bicubic(self._pixels[y0:y1, x0:x1], self._size, self._size)
+        views[4:7] = crop if crop.ndim == 2 else crop.transpose(2, 0, 1)
+        within = (inner[0] - x0, inner[1] - y0, inner[2] - x0, inner[3] - y0)
+        views[7] = _stretched_mask(mask_HW[y0:y1, x0:x1], within, self._size)
         return views
-    views[3] = _stretched_mask(binary_HW, inner, size)
-    views[4:7] = _stretched(crop_HWC, size).transpose(2, 0, 1)
-    views[7] = _stretched_mask(crop_mask_HW, (inner[0] - x0, inner[1] - y0, inner[2] - x0, inner[3] - y0), size)
-    return views
 
 
 def full_view(image_HWC: NDArray[np.uint8], size: int, aspect: Aspect = "stretch") -> NDArray[np.uint8]:
@@ -148,25 +165,29 @@ def _stretched(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return _bicubic(image_HWC, size, size)
 
 
-def _stretched_mask(binary_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArray[np.uint8]:
+def _binary(mask_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.where(mask_HW != 0, np.uint8(255), np.uint8(0))
+
+
+def _stretched_mask(mask_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArray[np.uint8]:
     """(S, S): as PIL resizes the whole mask, doing only the part around `inner`, its tight box.
 
     PIL's filter is separable, with 8 bits in between, so it matters which axis it takes first; zeros stay zeros.
     """
-    height, width = binary_HW.shape
+    height, width = mask_HW.shape
     if not _takes_rows_first(width, height, size):
         turned = (inner[1], inner[0], inner[3], inner[2])
-        return _stretched_rows_first(binary_HW.T, turned, size).T
-    return _stretched_rows_first(binary_HW, inner, size)
+        return _stretched_rows_first(mask_HW.T, turned, size).T
+    return _stretched_rows_first(mask_HW, inner, size)
 
 
-def _stretched_rows_first(binary_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArray[np.uint8]:
-    rows_hS = _bicubic(binary_HW[inner[1] : inner[3]], size, inner[3] - inner[1])
+def _stretched_rows_first(mask_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArray[np.uint8]:
+    rows_hS = _bicubic(_binary(mask_HW[inner[1] : inner[3]]), size, inner[3] - inner[1])
     columns = np.flatnonzero(rows_hS.any(axis=0))
     out_SS = np.zeros((size, size), np.uint8)
     if len(columns):
         first, last = columns[0], columns[-1] + 1
-        strip_Hk = np.zeros((len(binary_HW), last - first), np.uint8)
+        strip_Hk = np.zeros((len(mask_HW), last - first), np.uint8)
         strip_Hk[inner[1] : inner[3]] = rows_hS[:, first:last]
         out_SS[:, first:last] = _bicubic(strip_Hk, last - first, size)
     return out_SS

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image as PilImage
 
-from meddam_core.focal import expanded_box, focal_box, focal_views, full_view, region_crop
+from meddam_core.focal import FocalImage, expanded_box, focal_box, focal_views, full_view, region_crop
 from meddam_core.records import Reason, RowError
 from meddam_core.regions.geometry import tight_box
 
@@ -60,15 +60,15 @@ def test_any_nonzero_pixel_is_inside() -> None:
     assert all(np.array_equal(views[0], v) for v in views[1:])
 
 
-def test_a_shared_full_view_changes_nothing() -> None:
+def test_regions_of_one_image_are_seen_as_each_alone() -> None:
     rng = np.random.default_rng(1)
     image_HWC = rng.integers(0, 256, (90, 120, 3), dtype=np.uint8)
-    mask_HW = _box_mask(120, 90, [20, 10, 40, 30])
+    masks = [_box_mask(120, 90, box) for box in ([20, 10, 40, 30], [0, 0, 5, 90], [100, 60, 20, 30])]
     for aspect in ("stretch", "pad"):
-        shared = full_view(image_HWC, 56, aspect)
-        assert np.array_equal(
-            focal_views(image_HWC, mask_HW, 56, aspect), focal_views(image_HWC, mask_HW, 56, aspect, full_SSC=shared)
-        )
+        shared = FocalImage(image_HWC, 56, aspect)
+        assert np.array_equal(shared.full_SSC, full_view(image_HWC, 56, aspect))
+        for mask_HW in masks:
+            assert np.array_equal(focal_views(image_HWC, mask_HW, 56, aspect), shared.views(mask_HW))
 
 
 def test_pad_keeps_the_aspect_ratio_and_keeps_image_and_mask_together() -> None:
