@@ -19,6 +19,7 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,9 +68,8 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     device, dtype = torch.device(args.device), getattr(torch, args.dtype)
     dam = _random_dam_3b(args, device, dtype) if args.dam_3b else load_dam(args.checkpoint, device, dtype)
-    print(
-        f"{_machine(device)}, {args.threads} threads, load {os.getloadavg()[0]:.2f}, {args.dtype}, torch {torch.__version__}"
-    )
+    load = f"load {os.getloadavg()[0]:.2f}"
+    print(f"{_machine(device)}, {args.threads} threads, {load}, {args.dtype}, torch {torch.__version__}")
     copy_rate, matrix_rate = measure_copy(device), measure_matrix(device, dtype)
     print(f"copy {copy_rate / 1e9:.1f} GB/s, matrix {matrix_rate / 1e12:.3f} TFLOP/s")
 
@@ -78,7 +78,7 @@ def main() -> None:
         engine = _make_engine(args.engine, dam, batch)
         for lengths in ("even", "uneven"):
             requests = make_requests(dam.config, max(args.regions, 4 * batch), lengths, args.new_tokens)
-            run = best_of(args.repeats, lambda e=engine, r=requests, n=lengths, b=batch: run_engine(e, r, n, b))
+            run = best_of(args.repeats, partial(run_engine, engine, requests, lengths, batch))
             share = roofline_s(dam, requests, batch, copy_rate, matrix_rate) / run.wall_s
             runs.append(_with(run, roofline_share=share))
             _show(runs[-1])
@@ -86,7 +86,7 @@ def main() -> None:
     if not args.no_reference:
         loop = GenerateLoop(dam)
         requests = make_requests(dam.config, args.reference_regions, "even", args.new_tokens)
-        runs.append(best_of(args.repeats, lambda: loop.run(requests)))
+        runs.append(best_of(args.repeats, partial(loop.run, requests)))
         _show(runs[-1])
     summarise(runs)
     if args.json:
@@ -147,8 +147,11 @@ class GenerateLoop:
             tie_word_embeddings=llm.tie_word_embeddings, eos_token_id=None, bos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         self._dam = dam
-        self._model = LlamaForCausalLM(config).to(dam.device, dam.dtype).eval()
-        self._model.load_state_dict(dam.llm.state_dict(), assign=True)
+        with torch.device("meta"):
+            model = LlamaForCausalLM(config)
+        model.load_state_dict(dam.llm.state_dict(), assign=True)
+        model.model.rotary_emb = type(model.model.rotary_emb)(config)  # a table, not a weight: not in the state dict
+        self._model = model.train(False).to(dam.device)
 
     @torch.inference_mode()
     def run(self, requests: Sequence[Request]) -> Run:

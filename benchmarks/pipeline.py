@@ -28,7 +28,7 @@ from ray_jobs.caption import Config, run
 from ray_jobs.session import session
 
 SIDE_PX = 1024
-REGIONS_PER_IMAGE = 3
+REGIONS_PER_IMAGE = 8
 IMAGES_PER_SHARD = 100
 NUM_PICTURES = 8
 MODEL_SIDE_PX = 384
@@ -53,7 +53,7 @@ def make_films(root: str, num_images: int) -> str:
 
 def _film(shard: int, row: int, picture: tuple[bytes, bytes]) -> Image:
     ident = image_id(shard, row)
-    boxes = [(100 + 250 * i, 200 + 100 * i, 260 + 250 * i, 380 + 100 * i) for i in range(REGIONS_PER_IMAGE)]
+    boxes = [(60 + 110 * i, 80 + 90 * i, 200 + 110 * i, 230 + 90 * i) for i in range(REGIONS_PER_IMAGE)]
     return Image(
         image_id=ident, image_key=str(ident), dataset="films", recipe="chest-film", modality="DX",
         image=EncodedImage(bytes=picture[0]), preview=EncodedImage(bytes=picture[1]), width=SIDE_PX, height=SIDE_PX,

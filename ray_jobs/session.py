@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -84,12 +85,9 @@ def share_cpus(num_captioners: int, num_extractors: int | None = None) -> Shares
         raise ValueError(f"the Ray cluster has {cpus:g} CPUs; captioning needs at least {MIN_CPUS}")
     small = 0.25 if cpus < 8 else 0.5
     describe = min(small, (cpus - 1) / (4 * num_captioners))
-    free = cpus - 1 - num_captioners * describe - 2 * small
-    extract = 1.0 if free >= 4 else small
-    room = max(1, int(free / extract)) if free > 0 else 1
-    if free < extract:
-        extract = max(0.05, free / room)
+    free = max(0.1, cpus - 1 - num_captioners * describe - 2 * small)
+    extractors = num_extractors or (max(2, int(free)) if cpus <= 4 else max(1, int(free)))
     return Shares(
-        read=small, extract=round(extract, 2), describe=round(describe, 2), write=small,
-        max_extractors=min(room, num_extractors or room),
+        read=small, extract=math.floor(100 * min(1.0, free / extractors)) / 100, describe=round(describe, 2),
+        write=small, max_extractors=extractors,
     )  # fmt: skip
