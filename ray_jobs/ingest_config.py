@@ -90,6 +90,8 @@ class PhantomsConfig(Config):
 
     count: int = Field(60, ge=1)
     """Pictures in all, the kinds in turn."""
+    images_per_shard: int = Field(32, ge=1, le=1 << 20)
+    """Pictures a shard; small, so that painting them is shared out."""
     kinds: tuple[Kind, ...] = KINDS
     """chest, ct, skin, or some of them."""
     phantom_seed: int = Field(0, ge=0)
