@@ -63,6 +63,8 @@ def _attribute(attribute: Attribute, values: dict[str, Value], concepts: set[str
             yield f"the {name} wording does not hold {{value}}"
         if any(word in text.lower() for word in ("wrongly", "incorrectly", "falsely", "correctly")):
             yield f"the {name} wording tells the judge what is expected"
+    if "{value}" not in attribute.statement:
+        yield "the statement does not hold {value}"
     yield from _shared(attribute)
     for value in attribute.values:
         for problem in _value(value, attribute, values, concepts):

@@ -82,6 +82,8 @@ class Attribute(_Strict):
     positive: str = "Does the description state {value} in the marked region?"
     negative: str = "Does the description state {value} in the marked region?"
     choice: str = "What does the description say about {attribute}?"
+    statement: str = "There is {value}."
+    """A sentence that states a value: what a caption made from the truth says."""
     others_address: bool = False
     """Naming another value speaks about this attribute ("a papule" when asked for a plaque)."""
     shown_in: tuple[Rendering, ...] = ()

@@ -105,12 +105,12 @@ def recognises(template_set: TemplateSet, value_id: str, caption: str) -> bool:
         return any(m.status == "stated" for m in mentions(carrier, caption))
     attribute = template_set.attribute(recognition.attribute)
     same_kind = {value_id, *attribute.value(value_id).kin}
-    return any(m.value in same_kind and m.status == "stated" for m in mentions(attribute, caption))
+    return any(m.value in same_kind and m.status == "stated" for m in mentions(attribute, caption, template_set))
 
 
 def how_stated(template_set: TemplateSet, attribute: Attribute, value_id: str, caption: str) -> tuple[str, bool]:
     """Whether the caption states a value, says otherwise, or does not mention it; and whether as possible only."""
-    found = mentions(attribute, caption)
+    found = mentions(attribute, caption, template_set)
     own = [m for m in found if m.value == value_id]
     stated = [m for m in own if m.status == "stated"]
     if attribute.kind == "choice" and stated:
@@ -131,7 +131,7 @@ def how_stated(template_set: TemplateSet, attribute: Attribute, value_id: str, c
 
 def value_stated(template_set: TemplateSet, attribute: Attribute, caption: str) -> tuple[str, bool]:
     """The one value that the caption gives an exclusive attribute: the most often stated, of equals the first."""
-    found = mentions(attribute, caption)
+    found = mentions(attribute, caption, template_set)
     stated = [m for m in found if m.status == "stated"]
     if not stated:
         return (OTHERWISE if any(m.status == "denied" for m in found) else NOT_MENTIONED), False
@@ -166,11 +166,18 @@ def lengths_mm(caption: str) -> list[float]:
     return found
 
 
-def mentions(attribute: Attribute, caption: str) -> list[Mention]:
-    """Every value of an attribute that a caption speaks of, in the order of the text."""
+def mentions(attribute: Attribute, caption: str, template_set: TemplateSet | None = None) -> list[Mention]:
+    """Every value of an attribute that a caption speaks of, in the order of the text.
+
+    An adjective belongs to the nearest noun among the heads of all the set's attributes.
+    """
+    others = template_set.attributes if template_set is not None else ()
+    rivals = frozenset(singular(fold(h)) for a in others for h in a.heads) - {
+        singular(fold(h)) for h in attribute.heads
+    }
     found: list[Mention] = []
     for number, words in enumerate(_sentences(caption)):
-        found += _in_sentence(attribute, words, number)
+        found += _in_sentence(attribute, rivals, words, number)
     if attribute.binary and not any(m.status == "stated" for m in found):
         other = dict(zip(*_pair(attribute), strict=True))
         found += [replace(m, value=other[m.value], status="stated") for m in found if m.status == "denied"]
@@ -187,14 +194,14 @@ def _sentences(caption: str) -> tuple[list[str], ...]:
     return tuple(sentences(caption))
 
 
-def _in_sentence(attribute: Attribute, words: list[str], number: int) -> list[Mention]:
+def _in_sentence(attribute: Attribute, rivals: frozenset[str], words: list[str], number: int) -> list[Mention]:
     exclusive = attribute.kind == "choice"
     spans: list[tuple[Value, _Span]] = []
     for value in attribute.values:
         denials = _spans(value.denials, words)
         hidden = [*_spans(value.decoys, words), *denials]
         terms = _spans(value.terms, words, exclusive)
-        terms += [s for s in _spans(value.adjectives, words) if _head_near(attribute, words, s.start, s.end)]
+        terms += [s for s in _spans(value.adjectives, words) if _head_near(attribute, rivals, words, s.start, s.end)]
         for span in terms:
             if any(h.start <= span.start and span.end <= h.end for h in hidden):
                 continue
@@ -260,16 +267,22 @@ def _longest(spans: list[tuple[Value, _Span]]) -> list[tuple[Value, _Span]]:
     return kept
 
 
-def _head_near(attribute: Attribute, words: list[str], start: int, end: int) -> bool:
-    """Whether one of the attribute's head nouns stands near an adjective, in its clause."""
-    heads = [singular(fold(h)) for h in attribute.heads]
+def _head_near(attribute: Attribute, rivals: frozenset[str], words: list[str], start: int, end: int) -> bool:
+    """Whether the noun nearest to an adjective, in its clause, is a head of the attribute and not of another one."""
+    own = {singular(fold(h)) for h in attribute.heads}
+    best: tuple[float, bool] | None = None
     for step, stop in ((-1, max(-1, start - HEAD_REACH - 1)), (1, min(len(words), end + HEAD_REACH))):
         for at in range(start - 1 if step < 0 else end, stop, step):
             if words[at] in (";", "but", "however", "(", ")"):
                 break
-            if any(words[at] == h or (len(h) > 3 and words[at].startswith(h)) for h in heads):
-                return True
-    return False
+            mine = any(words[at] == h or (len(h) > 3 and words[at].startswith(h)) for h in own)
+            if not mine and words[at] not in rivals:
+                continue
+            distance = at - end if step > 0 else start - 1 - at + 0.5  # of equals the noun that follows
+            if best is None or distance < best[0]:
+                best = (distance, mine)
+            break
+    return best is not None and best[1]
 
 
 def _of_the_image(words: list[str], start: int, end: int) -> bool:
