@@ -249,7 +249,7 @@ def _make_engine(name: str, dam: Dam, batch: int) -> Engine:
         return TorchEngine(dam, max_batch=batch, eos_ids=())
     from meddam_core.engines.mii.engine import MiiEngine
 
-    return MiiEngine(dam, max_sequences=batch, startup_check=False)
+    return MiiEngine(dam, max_sequences=batch, eos_ids=(), keep_weights=True)
 
 
 def _random_dam_3b(args: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> Dam:

@@ -6,7 +6,7 @@
 Invariants:
 - A request's tokens do not depend on the others (float32), on where its prompt was cut, or on a preemption.
 - Visual rows live until their request is released; at the end all cache blocks are free.
-- The engine takes the language model's weights out of the Dam it is given; that Dam can no longer generate.
+- The engine takes the language model's weights out of the Dam it is given, unless it is told to keep them there.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class MiiEngine:
         cache_bytes, num_blocks: size of the key-value cache, in bytes or in blocks; see startup.Limits.
         vision_batch: views in one pass of the vision tower.
         eos_ids: ids that end a caption, instead of the checkpoint's; () decodes every caption to its limit.
+        keep_weights: leave the Dam's language model as it is, at the price of a second copy of its weights.
         startup_check: compare logits with the torch model before serving.
 
     Raises:
@@ -59,7 +60,8 @@ class MiiEngine:
     def __init__(
         self, dam: Dam, *, kernels: str | None = None, max_sequences: int | None = None,
         token_budget: int | None = None, cache_bytes: int | None = None, num_blocks: int | None = None,
-        vision_batch: int | None = None, eos_ids: Collection[int] | None = None, startup_check: bool = True,
+        vision_batch: int | None = None, eos_ids: Collection[int] | None = None, keep_weights: bool = False,
+        startup_check: bool = True,
     ) -> None:  # fmt: skip
         on_gpu = dam.device.type == "cuda"
         self.kernels = kernels or ("cuda" if on_gpu else "torch")
@@ -67,7 +69,7 @@ class MiiEngine:
             raise ValueError(f"kernels is {kernels!r}; choose cuda or torch")
         self.stats = EngineStats()
         compat.check_versions()
-        check_supported(dam.config.llm, dam.device, dam.dtype, self.kernels)
+        check_supported(dam.config.llm, dam.llm.vocab_size, dam.device, dam.dtype, self.kernels)
         compat.import_deepspeed()
         if self.kernels == "cuda":
             from meddam_core.engines.mii.ops import load_ops
@@ -85,7 +87,7 @@ class MiiEngine:
         )
         with self._on_device():
             reference = logit_reference(dam, limits.max_length) if startup_check else None
-            self._ragged = build_ragged_engine(dam, self.kernels, limits)
+            self._ragged = build_ragged_engine(dam, self.kernels, limits, keep_weights)
             self.logit_difference = check_logits(self._ragged, reference, dam.dtype) if reference else None
             """The start-up check's largest relative difference; None if it was not made."""
             self._vision = VisionQueue(

@@ -19,11 +19,13 @@ import deepspeed.comm as dist
 import numpy as np
 import torch
 import torch.nn.functional as F
+from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
 from deepspeed.inference.v2.inference_utils import DtypeEnum
 from deepspeed.inference.v2.model_implementations.llama_v2.model import Llama2InferenceModel
 from deepspeed.inference.v2.model_implementations.llama_v2.policy import Llama2Policy
-from torch import Tensor
+from deepspeed.inference.v2.modules.configs import RotateHalfConfig
+from torch import Tensor, nn
 
 from meddam_core.dam.config import LlmConfig
 from meddam_core.engines.mii import torch_kernels
@@ -70,6 +72,8 @@ class DamLlama(Llama2InferenceModel):  # type: ignore[misc]
         """Sequence id -> rows; kept until the request is released."""
         self.batch_uids: list[int] = []
         """The sequences of the forward in progress, in the order of its rows."""
+        self.blocks_of: dict[int, list[int]] = {}
+        """Tracking id of a sequence -> its cache blocks."""
         super().__init__(**arguments)
 
     @property
@@ -88,6 +92,16 @@ class DamLlama(Llama2InferenceModel):  # type: ignore[misc]
         super().make_norm_layer()
         self.norm._fp_rms.epsilon = self.norm._fp_rms_pre.epsilon = self._config.rms_norm_eps
 
+    @property
+    def positional_embedding_config(self) -> RotateHalfConfig:
+        return RotateHalfConfig(use_trained_freqs=True)
+
+    def make_attn_layer(self) -> None:
+        super().make_attn_layer()
+        device = get_accelerator().current_device()
+        frequencies = torch_kernels.rotary_frequencies(self.rope_theta, self.head_size).to(device)
+        self.attn: Any = _ExactRotary(self.attn, frequencies)
+
     def make_unembedding_layer(self) -> None:
         super().make_unembedding_layer()
         self.unembed._norm.epsilon = self._config.rms_norm_eps
@@ -100,10 +114,19 @@ class DamLlama(Llama2InferenceModel):  # type: ignore[misc]
         self._word_emb = self._non_transformer.word_emb.as_subclass(Tensor)
 
     def maybe_allocate_kv(self, sequence: Any, n_new_tokens: int) -> None:
-        # asked for every sequence in every step; the answer is nearly always that nothing is needed
-        if sequence.seen_tokens + n_new_tokens > getattr(sequence, "capacity", 0):
-            super().maybe_allocate_kv(sequence, n_new_tokens)
-            sequence.capacity = sequence.cur_allocated_blocks * self.attn.kv_block_size
+        # its blocks are also kept as plain numbers: FastGen reads them from the device, which waits for it each time
+        blocks = self.blocks_of.setdefault(sequence.tracking_id, [])
+        missing = -(-(sequence.seen_tokens + n_new_tokens) // self.attn.kv_block_size) - len(blocks)
+        if missing > 0:
+            new_blocks = self.state_manager.allocate_blocks(missing)
+            sequence.extend_kv_cache(new_blocks)
+            blocks += new_blocks.tolist()
+
+    def set_state_manager(self, state_manager: Any) -> None:
+        super().set_state_manager(state_manager)
+        # blocks are read whole: what was never written is masked, but 0 * NaN would not be 0
+        store = state_manager._kv_cache
+        store._caches = tuple(_zeros_like(cache) for cache in store._caches)
 
     def _forward_embed(self, ragged_batch: Any) -> Tensor:
         ids_R = ragged_batch.input_ids()
@@ -137,7 +160,7 @@ class TorchDamLlama(DamLlama):
 
     def make_attn_layer(self) -> None:
         # FastGen asks the attention layer for the size of a block
-        self.attn = _Attention(self)
+        self.attn: Any = _Attention(self)
 
     def make_attn_out_layer(self) -> None:
         self.attn_out = torch_kernels.TorchLinear()
@@ -164,12 +187,6 @@ class TorchDamLlama(DamLlama):
         position_bytes = 2 * self.n_heads_kv_local * self.head_size * self._config.torch_dtype.itemsize
         self._max_positions = (GPU_GROUP_BYTES if device.type == "cuda" else CPU_GROUP_BYTES) // position_bytes
 
-    def set_state_manager(self, state_manager: Any) -> None:
-        super().set_state_manager(state_manager)
-        # blocks are gathered whole: what was never written is masked, but 0 * NaN would not be 0
-        store = state_manager._kv_cache
-        store._caches = tuple(_zeros_like(cache) for cache in store._caches)
-
     def prepare_batch(self, wrapped_batch: Any) -> None:
         del wrapped_batch
         sequences = [self.state_manager.get_sequence(uid) for uid in self.batch_uids]
@@ -192,6 +209,26 @@ def _zeros_like(cache: Tensor) -> Tensor:
         return cache.zero_()
     memory = torch.from_numpy(np.zeros(cache.numel() * cache.element_size(), np.uint8))
     return memory.view(cache.dtype).view(cache.shape)
+
+
+class _ExactRotary(nn.Module):
+    """DeepSpeed's attention, with the rotary frequencies handed in.
+
+    Left to itself its kernel rounds them to bfloat16 or float16 before it multiplies them by the position. In bfloat16
+    that is up to 0.2 %, more than half a radian after 300 tokens. A float32 table that is handed in is used as it is.
+    """
+
+    def __init__(self, attention: Any, frequencies: Tensor) -> None:
+        super().__init__()
+        self._attention = attention
+        self._frequencies = frequencies
+        self.kv_block_size: int = attention.kv_block_size
+        self.q_block_size: int = attention.q_block_size
+        self.build_atoms = attention.build_atoms
+
+    def forward(self, qkv: Tensor, cache: Tensor, batch: Any) -> Tensor:
+        attended: Tensor = self._attention(qkv, cache, batch, self._frequencies)
+        return attended
 
 
 class _Attention:
@@ -236,7 +273,12 @@ class DamPolicy(Llama2Policy):  # type: ignore[misc]
 
 
 class RaggedEngine(InferenceEngineV2):  # type: ignore[misc]
-    """FastGen's engine: one `put` is one forward over a ragged batch. Without a process group for a single process."""
+    """FastGen's engine: one `put` is one forward over a ragged batch. Without a process group for a single process.
+
+    The compiled kernels must run on the device's default stream: their BLAS handle knows no other.
+    """
+
+    _launched: torch.cuda.Event | None = None
 
     def _initialize_tp_group(self) -> Any:
         if self._config.tensor_parallel.tp_size == 1:
@@ -251,6 +293,18 @@ class RaggedEngine(InferenceEngineV2):  # type: ignore[misc]
         assert not do_checks
         uids = list(batch_uids)
         self._model.batch_uids = uids
+        if self._launched is not None:
+            self._launched.synchronize()  # its copies from host buffers, which are filled anew now
         with torch.inference_mode():
             logits: Tensor = super().put(uids, batch_tokens, do_checks=False)
+        if logits.is_cuda:
+            self._launched = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._launched.record()
         return logits
+
+    def flush(self, uid: int) -> None:
+        """Frees a sequence's blocks and its place in the tracker."""
+        manager = self._state_manager
+        sequence = manager._seqs.pop(uid)
+        manager._kv_cache.free(self._model.blocks_of.pop(sequence.tracking_id))
+        manager._tracking_allocator.free(sequence.tracking_id)

@@ -45,8 +45,12 @@ def load_ops(root: Path | None = None) -> Path:
 
     Returns the folder they were loaded from. Raises MiiUnavailable with the cause.
     """
-    from deepspeed.ops.op_builder.builder import OpBuilder
+    from deepspeed.ops.op_builder.builder import CUDAOpBuilder, OpBuilder
 
+    if not issubclass(importlib.import_module("deepspeed.ops.op_builder").RaggedOpsBuilder, CUDAOpBuilder):
+        raise MiiUnavailable(
+            "DeepSpeed was imported before for another accelerator: unset DS_ACCELERATOR and start again"
+        )
     preload_flash_library(_flash_folder())
     folder = (root or cache_root()) / cache_key(torch.cuda.get_device_capability())
     for name in BUILDERS:

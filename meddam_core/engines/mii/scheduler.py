@@ -53,7 +53,8 @@ class _Sequence(MiiRequest):  # type: ignore[misc]
     @property
     def num_generated_tokens(self) -> int:
         """0 while parts of the prompt are to come."""
-        return max(0, self.seq_length - self.num_prompt + 1)
+        num: int = self.seq_length - self.num_prompt + 1
+        return max(0, num)
 
     @property
     def is_done(self) -> bool:
@@ -202,9 +203,6 @@ class Scheduler(RaggedBatchBase):  # type: ignore[misc]
         next_tokens, done = torch.zeros(num_sequences, dtype=torch.int64), torch.zeros(num_sequences, dtype=torch.bool)
         rows = [i for i, r in enumerate(running_requests) if r.last_in_prompt]
         if not rows:
-            # the next batch overwrites host buffers that copies to the device may still be reading
-            if next_token_logits.is_cuda:
-                torch.cuda.current_stream().synchronize()
             return next_tokens, done
         uids = running_requests.uids
         generations = [self._generations[uids[i]] for i in rows]

@@ -21,9 +21,11 @@ from meddam_core.engines.admission import PLACEHOLDER_ID
 from meddam_core.engines.mii.compat import MiiUnavailable, deepspeed_session
 
 HEAD_SIZES = (64, 80, 96, 128)
-"""Of DeepSpeed's rotary kernel (BlockedRotaryEmbeddings.supported_head_sizes)."""
-GROUP_SIZES = (1, 2, 4, 5, 6, 7, 8, 16, 29, 35, 36, 71)
+"""Of DeepSpeed's rotary kernel (BlockedTrainedRotaryEmbeddings.supported_head_sizes)."""
+GROUP_SIZES = (1, 2, 4, 5, 8)
 """Query heads a key-value head, of the same kernel (supported_q_ratios)."""
+MAX_CACHE_ELEMENTS = 2**31
+"""Of one layer: that kernel computes places in the cache with 32-bit integers."""
 LOGIT_TOLERANCE = {torch.float32: 1e-4, torch.float16: 0.02, torch.bfloat16: 0.1}
 """Largest allowed ||FastGen - torch|| / ||torch - mean|| over the logits of a position. An error in a kernel makes it
 about 1; two correct implementations differ by rounding."""
@@ -53,7 +55,9 @@ class Limits:
     """Cache blocks outright, instead of `cache_bytes`."""
 
 
-def check_supported(llm: LlmConfig, device: torch.device, dtype: torch.dtype, kernels: str) -> None:
+def check_supported(
+    llm: LlmConfig, vocab_size: int, device: torch.device, dtype: torch.dtype, kernels: str
+) -> None:  # fmt: skip
     """Raises MiiUnavailable, with all reasons, for a model or device that these kernels cannot serve."""
     problems = []
     if kernels == "cuda":
@@ -69,12 +73,19 @@ def check_supported(llm: LlmConfig, device: torch.device, dtype: torch.dtype, ke
             problems.append(f"heads have size {llm.head_dim}, and the kernels know {HEAD_SIZES}")
         if llm.num_heads // llm.num_kv_heads not in GROUP_SIZES:
             problems.append(f"{llm.num_heads} heads for {llm.num_kv_heads} key-value heads is a ratio the kernels lack")
+        for what, size, multiple in (
+            ("the MLP", llm.intermediate_size, 32),
+            ("the hidden state", llm.hidden_size, 32),
+            ("the vocabulary", vocab_size, 8),
+        ):
+            if size % multiple:
+                problems.append(f"{what} has size {size}, which is no multiple of {multiple}")
     if problems:
         raise MiiUnavailable(f"the compiled kernels do not fit: {'; '.join(problems)}. kernels='torch' works here")
 
 
-def build_ragged_engine(dam: Dam, kernels: str, limits: Limits) -> Any:
-    """A RaggedEngine with DAM's language model, whose own weights are gone afterwards (see weights.Handover)."""
+def build_ragged_engine(dam: Dam, kernels: str, limits: Limits, keep_weights: bool) -> Any:
+    """A RaggedEngine with DAM's language model, which is empty afterwards unless it is kept (see weights.Handover)."""
     from deepspeed.inference import RaggedInferenceEngineConfig
 
     from meddam_core.engines.mii.model import DamPolicy, RaggedEngine, fastgen_config
@@ -95,7 +106,7 @@ def build_ragged_engine(dam: Dam, kernels: str, limits: Limits) -> Any:
             }
         )
         model_config = fastgen_config(llm, dam.llm.vocab_size, limits.max_length, dtype)
-        policy = DamPolicy(model_config, Handover(dam.llm, device=device, dtype=dtype), kernels)
+        policy = DamPolicy(model_config, Handover(dam.llm, device=device, dtype=dtype, keep=keep_weights), kernels)
         engine = RaggedEngine(policy, config)
     _log.info(
         "FastGen is up: %s kernels, %d cache blocks of %d tokens, %d tokens a forward, %d sequences",
@@ -146,7 +157,8 @@ def _affordable_blocks(
             f"{max(budget, 0) >> 20} MiB are left for keys and values, and one block of {block_size} tokens takes "
             f"{-(-block_bytes >> 20)} MiB: lower the number of sequences, or use a larger device"
         )
-    return min(usable, budget // block_bytes)
+    addressable = MAX_CACHE_ELEMENTS // (block_size * 2 * llm.num_kv_heads * llm.head_dim) - 1
+    return min(usable, budget // block_bytes, addressable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -60,10 +60,14 @@ class BatchPlan:
     groups: tuple[Group, ...]
 
 
+def rotary_frequencies(theta: float, head_size: int) -> Tensor:
+    """(E / 2,) in float32, as Hugging Face's Llama computes them, for unscaled rotary positions."""
+    return 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
+
+
 def rotary_table(theta: float, head_size: int, num_positions: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin (positions, E) in float32, as Hugging Face's Llama computes them, for unscaled rotary positions."""
-    frequencies = 1.0 / theta ** (torch.arange(0, head_size, 2, dtype=torch.int64).float() / head_size)
-    angles = torch.outer(torch.arange(num_positions).float(), frequencies)
+    """cos and sin (positions, E) in float32."""
+    angles = torch.outer(torch.arange(num_positions).float(), rotary_frequencies(theta, head_size))
     angles = torch.cat((angles, angles), dim=-1)
     return angles.cos().to(device), angles.sin().to(device)
 

@@ -45,7 +45,7 @@ def grouped_dam(seed: int = 3, *, heads: int = 8, kv_heads: int = 2, layers: int
     config = read_config(CHECKPOINT)
     llm = replace(
         config.llm, hidden_size=heads * head_dim, num_heads=heads, num_kv_heads=kv_heads, num_layers=layers,
-        intermediate_size=5 * head_dim * heads // 2 + 8, rope_theta=50000.0, rms_norm_eps=1e-6,
+        intermediate_size=5 * head_dim * heads // 2, rope_theta=50000.0, rms_norm_eps=1e-6,
         tie_word_embeddings=seed % 2 == 0, max_position_embeddings=512, tokenizer_model_max_length=480,
     )  # fmt: skip
     return random_dam(replace(config, llm=llm), seed, read_tokenizer(CHECKPOINT / "llm"))

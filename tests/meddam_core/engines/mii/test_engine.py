@@ -240,7 +240,10 @@ def test_engines_live_side_by_side_and_one_after_the_other() -> None:
 
 def test_weights_are_handed_over_and_not_kept_twice() -> None:
     dam = grouped_dam()
-    MiiEngine(dam)
+    before = sum(p.numel() for p in dam.llm.parameters())
+    kept = MiiEngine(dam, keep_weights=True).generate([make_request(0)])[0]
+    assert sum(p.numel() for p in dam.llm.parameters()) == before
+    assert MiiEngine(dam).generate([make_request(0)])[0].token_ids == kept.token_ids
     assert sum(p.numel() for p in dam.llm.parameters()) == 0
     assert sum(p.numel() for p in dam.vision_tower.parameters()) > 0
 

@@ -94,10 +94,12 @@ def test_engines_by_name() -> None:
 
 
 def test_compiled_kernels_are_refused_where_they_do_not_fit() -> None:
-    llm = oracle_dam().config.llm
-    with pytest.raises(MiiUnavailable, match=r"the device is cpu; the dtype is torch\.float32.*heads have size 16"):
-        startup.check_supported(llm, torch.device("cpu"), torch.float32, "cuda")
-    startup.check_supported(llm, torch.device("cpu"), torch.float32, "torch")
+    llm, cpu = oracle_dam().config.llm, torch.device("cpu")
+    with pytest.raises(
+        MiiUnavailable, match=r"the device is cpu; the dtype is torch\.float32.*size 16.*size 176, which"
+    ):
+        startup.check_supported(llm, 1000, cpu, torch.float32, "cuda")
+    startup.check_supported(llm, 1000, cpu, torch.float32, "torch")
     with pytest.raises(MiiUnavailable, match="kernels='torch' works here"):
         MiiEngine(oracle_dam(), kernels="cuda")
 
@@ -109,10 +111,10 @@ def test_gpu_generations(capability: tuple[int, int], fits: bool, monkeypatch: p
     llm = grouped_dam(head_dim=128, heads=4, kv_heads=2, layers=1).config.llm
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
     if fits:
-        startup.check_supported(llm, torch.device("cuda"), torch.bfloat16, "cuda")
+        startup.check_supported(llm, 1000, torch.device("cuda"), torch.bfloat16, "cuda")
     else:
         with pytest.raises(MiiUnavailable, match=r"SM \d+\.\d"):
-            startup.check_supported(llm, torch.device("cuda"), torch.bfloat16, "cuda")
+            startup.check_supported(llm, 1000, torch.device("cuda"), torch.bfloat16, "cuda")
 
 
 def test_the_logit_check_finds_wrong_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -220,11 +222,16 @@ def compile_extension(folder: Path, name: str, value: int) -> None:
 
 
 def test_kernels_come_from_the_cache_without_a_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeed.ops import op_builder
+    from deepspeed.ops.op_builder import ragged_ops
     from deepspeed.ops.op_builder.builder import OpBuilder
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
     monkeypatch.setattr(ops, "_flash_folder", lambda: tmp_path)
+    with pytest.raises(MiiUnavailable, match="imported before for another accelerator"):
+        ops.load_ops(tmp_path)
+    monkeypatch.setattr(op_builder, "RaggedOpsBuilder", ragged_ops.RaggedOpsBuilder)
     with pytest.raises(MiiUnavailable, match="libblockedflash"):
         ops.load_ops(tmp_path)
     (tmp_path / ops.FLASH_LIBRARY).symlink_to(next(Path(torch.__file__).parent.glob("lib/libshm.so")))
