@@ -38,6 +38,8 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         ray.init(address="auto", **common)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray leaves a token in the user's home
+        if quiet:  # Ray's C++ side writes to the terminal past Python's logging
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
             address="local", num_cpus=max(MIN_CPUS, num_cpus or os.cpu_count() or 1), include_dashboard=False,
             object_store_memory=object_store_bytes, **common,
