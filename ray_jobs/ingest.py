@@ -54,6 +54,9 @@ VERSION = 1
 DATASET, PLAN = "dataset.json", "ingest.json"
 SECRET = "MEDDAM_SECRET"
 LOG_EVERY_S = 10.0
+TRANSIENT = ("AWS Error NETWORK_CONNECTION", "AWS Error SLOW_DOWN", "AWS Error INTERNAL_FAILURE",
+             "AWS Error SERVICE_UNAVAILABLE", "AWS Error REQUEST_TIMEOUT", "AWS Error UNKNOWN (HTTP status 503)")  # fmt: skip
+"""A part whose store answers so is tried again, a few times and with pauses; a file is not rejected for it."""
 _LABELS = ("splits", "modalities", "recipes")
 
 
@@ -121,6 +124,8 @@ def _shards(part: IngestPart, num_parts: int) -> Iterator[PartCounts]:
     """One task a part, each writing one shard; only counts come back."""
     import ray
 
+    context = ray.data.DataContext.get_current()
+    context.retried_map_errors = list(TRANSIENT)
     started = shown = time.monotonic()
     parts = ray.data.range(num_parts, override_num_blocks=num_parts)
     images = regions = 0

@@ -13,6 +13,7 @@ Invariants:
 
 from __future__ import annotations
 
+import errno
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -121,7 +122,10 @@ def load_file(item: SourceItem, limits: Limits) -> Decoded:
 
 
 def read_limited(uri: str, limits: Limits) -> bytes:
-    """A file's bytes, its size checked first. Raises RowError: not_found, access_denied, too_large."""
+    """A file's bytes, its size checked first. Raises RowError: not_found, access_denied, too_large.
+
+    OSError where the file may well be there, but the store or the machine is in trouble: worth another try, no reject.
+    """
     try:
         fs, path = storage.open_uri(uri)
         with fs.open_input_file(path) as stream:
@@ -130,13 +134,13 @@ def read_limited(uri: str, limits: Limits) -> bytes:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise RowError(Reason.NOT_FOUND, "the file is not there") from None
     except OSError as error:
-        raise RowError(*_why_unreadable(error)) from None
+        text = str(error)
+        if isinstance(error, PermissionError) or any(code in text for code in storage.REFUSALS):
+            raise RowError(Reason.ACCESS_DENIED, "reading the file was refused") from None
+        if error.errno in _NO_SUCH_NAME or any(code in text for code in _NOT_THERE):
+            raise RowError(Reason.NOT_FOUND, "the file is not there") from None
+        raise
 
 
-def _why_unreadable(error: OSError) -> tuple[Reason, str]:
-    text = str(error)
-    if isinstance(error, PermissionError) or any(code in text for code in storage.REFUSALS):
-        return Reason.ACCESS_DENIED, "reading the file was refused"
-    if "NoSuchBucket" in text or "NOT_FOUND" in text or "Path does not exist" in text:
-        return Reason.NOT_FOUND, "the file is not there"
-    return Reason.NOT_FOUND, f"the file could not be read ({type(error).__name__})"
+_NOT_THERE = ("NoSuchBucket", "NO_SUCH", "NOT_FOUND", "is a directory", "Is a directory")
+_NO_SUCH_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL, errno.ENXIO)

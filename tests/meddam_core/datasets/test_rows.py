@@ -178,3 +178,31 @@ def test_pydicoms_own_files_become_rows_with_their_sides() -> None:
     assert abdomen.orientation == "L\\P" and right[2] < left[0]  # columns run to the patient's left
     clip = next(r for r in rows if r.modality == "US")
     assert clip.frame == 12 and clip.egress == "deny"  # its pixels carry text
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (PermissionError(13, "Permission denied"), Reason.ACCESS_DENIED),
+        (OSError("AWS Error ACCESS_DENIED during HeadObject operation"), Reason.ACCESS_DENIED),
+        (OSError("AWS Error NO_SUCH_BUCKET during HeadObject operation"), Reason.NOT_FOUND),
+        (OSError(36, "File name too long"), Reason.NOT_FOUND),
+        (OSError("AWS Error SLOW_DOWN during GetObject operation"), None),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7"), None),
+        (OSError(5, "Input/output error"), None),
+    ],
+)
+def test_a_store_in_trouble_is_no_reason_to_reject_a_file(
+    monkeypatch: pytest.MonkeyPatch, error: OSError, reason: Reason | None
+) -> None:
+    def open_uri(uri: str) -> Any:
+        raise error
+
+    monkeypatch.setattr("meddam_core.storage.open_uri", open_uri)
+    item = _item(data=None, uri="s3://bucket/a.png")
+    if reason is None:
+        with pytest.raises(OSError, match=r"Error|error"):
+            _rows(item)
+    else:
+        _, rejected = _rows(item)
+        assert [r.reason for r in rejected] == [reason]
