@@ -36,8 +36,17 @@ EXIT_DIFFERENT = 1
 """`meddam verify` found a stage that differs."""
 EXIT_INTERRUPTED = 130
 
+
+class _InOrderOfUse(typer.core.TyperGroup):
+    """typer lists groups last; ingest comes first."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return sorted(super().list_commands(ctx), key=lambda name: name != "ingest")
+
+
 app = typer.Typer(
     name="meddam",
+    cls=_InOrderOfUse,
     help="Region captions for medical images by the million. A research tool: not for diagnosis.",
     no_args_is_help=True,
     add_completion=False,

@@ -78,6 +78,8 @@ def _keep(
 ) -> None:
     """Adds the rows of `among` with the smallest numbers to `kept`, which stays sorted and at most `limit` long."""
     rows = np.flatnonzero(among)
+    if len(kept) == limit and kept:
+        rows = rows[numbers[rows] < kept[-1][0]]
     rows = rows[np.argsort(numbers[rows], kind="stable")][:limit]
     found = captions.take(pa.array(rows)).to_pylist() if len(rows) else []
     kept += [(int(numbers[i]), from_row(Caption, row)) for i, row in zip(rows, found, strict=True)]

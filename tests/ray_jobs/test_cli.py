@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from ray_jobs import caption, cli, describe, report
+from ray_jobs import caption, cli, demo, describe, report
+from ray_jobs.ingest_config import SOURCES
 
 ROOT = Path(__file__).parents[2]
 ORACLE = ROOT / "tests/data/oracle/dam_tiny"
@@ -44,9 +45,20 @@ def picture(tmp_path: Path) -> str:
     return str(tmp_path / "photo.png")
 
 
-@pytest.mark.parametrize("config", [caption.Config, describe.Config, report.Config])
-def test_every_setting_has_an_option_with_help(config: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = meddam(capsys, config.__module__.rpartition(".")[2], "--help")
+JOBS = [
+    (["caption"], caption.Config),
+    (["describe"], describe.Config),
+    (["report"], report.Config),
+    (["demo"], demo.Config),
+]
+JOBS += [(["ingest", name], config) for name, (config, _) in SOURCES.items()]
+
+
+@pytest.mark.parametrize(("command", "config"), JOBS, ids=[" ".join(c) for c, _ in JOBS])
+def test_every_setting_has_an_option_with_help(
+    command: list[str], config: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, _ = meddam(capsys, *command, "--help")
     assert code == 0
     for name, field in config.model_fields.items():
         assert field.description, f"{name} has no docstring"
@@ -57,7 +69,7 @@ def test_help_lists_the_commands_in_the_order_of_their_use(capsys: pytest.Captur
     code, out, _ = meddam(capsys, "--help")
     commands = [line.split()[0] for line in out.partition("Commands:")[2].splitlines() if line.strip()]
     assert code == 0
-    assert commands.index("caption") < commands.index("retry") < commands.index("report")
+    assert commands.index("ingest") < commands.index("caption") < commands.index("retry") < commands.index("report")
     assert "not for diagnosis" in " ".join(out.split())
 
 
@@ -84,6 +96,10 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["verify", "--oracle", "{tmp}"], "cases"),
         (["caption", "--no-such-option"], "No such option"),
         (["frobnicate"], "No such command"),
+        (["ingest", "manifest", "{tmp}/none.jsonl", "--out", "{tmp}/set"], "none.jsonl"),
+        (["ingest", "phantoms", "--out", "{tmp}/set", "--recipe", "nope"], "there is no recipe 'nope'"),
+        (["ingest", "phantoms", "--out", "{tmp}/set", "--kind", "spine"], "--kind"),
+        (["ingest", "nowhere", "--out", "{tmp}/set"], "No such command"),
     ],
 )
 def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(
