@@ -54,8 +54,14 @@ VERSION = 1
 DATASET, PLAN = "dataset.json", "ingest.json"
 SECRET = "MEDDAM_SECRET"
 LOG_EVERY_S = 10.0
-TRANSIENT = ("AWS Error NETWORK_CONNECTION", "AWS Error SLOW_DOWN", "AWS Error INTERNAL_FAILURE",
-             "AWS Error SERVICE_UNAVAILABLE", "AWS Error REQUEST_TIMEOUT", "AWS Error UNKNOWN (HTTP status 503)")  # fmt: skip
+TRANSIENT = (
+    "AWS Error NETWORK_CONNECTION",
+    "AWS Error SLOW_DOWN",
+    "AWS Error INTERNAL_FAILURE",
+    "AWS Error SERVICE_UNAVAILABLE",
+    "AWS Error REQUEST_TIMEOUT",
+    "AWS Error UNKNOWN (HTTP status 503)",
+)
 """A part whose store answers so is tried again, a few times and with pauses; a file is not rejected for it."""
 _LABELS = ("splits", "modalities", "recipes")
 
