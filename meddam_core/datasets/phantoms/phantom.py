@@ -299,9 +299,6 @@ def _skin(rng: Rng, options: Options) -> Phantom:
             painted = skin.lesion_colour(lesion.look, name, ground.tone) * mottle * shade
             pixels = pixels * (1 - alpha[..., None]) + painted * alpha[..., None]
         alpha = lesion.outline.alpha(fraction)
-        size_px = max(fraction.shape)
-        padded = size_px == min(fraction.shape)
-        assert padded, "a lesion's patch is square, because its triple box lies inside the canvas"
         image_HWC[patch.at] = skin.paint_surface(
             rng, lesion.look, lesion.outline, pixels, alpha, fraction, ground.light
         )
