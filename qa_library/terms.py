@@ -60,9 +60,37 @@ class Pattern:
     source: str
     places: tuple[tuple[str, ...] | None, ...]
 
+    def starts(self, index: dict[str, list[int]]) -> list[int]:
+        """Where a match may begin, by the positions of each word of the text."""
+        first, last = self.places[0], self.places[-1]
+        assert first is not None
+        assert last is not None
+        if not _is_there(last, index):
+            return []
+        found: set[int] = set()
+        for choice in first:
+            if choice.endswith("*"):
+                found.update(at for word, places in index.items() if word.startswith(choice[:-1]) for at in places)
+            else:
+                found.update(index.get(choice, ()))
+        return sorted(found)
+
     def match(self, words: list[str], at: int) -> int | None:
         """Where a match that begins at word `at` ends (the shortest), or None. Gaps cross no punctuation but commas."""
         return _match(self.places, words, 0, at)
+
+
+def _is_there(choices: tuple[str, ...], index: dict[str, list[int]]) -> bool:
+    """Whether one of the words of a place stands in the text at all."""
+    return any(c in index if not c.endswith("*") else any(w.startswith(c[:-1]) for w in index) for c in choices)
+
+
+def positions(words: list[str]) -> dict[str, list[int]]:
+    """Where each word of a text stands."""
+    index: dict[str, list[int]] = {}
+    for at, word in enumerate(words):
+        index.setdefault(word, []).append(at)
+    return index
 
 
 def fold(text: str) -> str:

@@ -16,15 +16,16 @@ import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 
 from meddam_core.judging import cues
 from meddam_core.judging.assertion import Status, assertion, sentences
 from meddam_core.judging.protocol import Unscored, Verdict, decided, unscored
+from meddam_core.records import Egress
 from qa_library.loader import Library, load_library
 from qa_library.questions import NO, NOT_MENTIONED, OTHERWISE, STATED, YES, Question
 from qa_library.schema import Attribute, TemplateSet, Value
-from qa_library.terms import compile_term, fold, singular
+from qa_library.terms import compile_term, fold, positions, singular
 from qa_library.wording import tolerance_range
 
 VERSION = 1
@@ -73,8 +74,8 @@ class LexicalJudge:
         """Names the rules and the words."""
         return f"lexical-{VERSION}@{self.library.version}"
 
-    async def answer(self, question: Question, caption: str) -> Verdict:
-        """As `judge`."""
+    async def answer(self, question: Question, caption: str, egress: Egress = "deny") -> Verdict:
+        """As `judge`; nothing leaves the process."""
         return self.judge(question, caption)
 
     def judge(self, question: Question, caption: str) -> Verdict:
@@ -195,13 +196,15 @@ def _sentences(caption: str) -> tuple[list[str], ...]:
 
 
 def _in_sentence(attribute: Attribute, rivals: frozenset[str], words: list[str], number: int) -> list[Mention]:
-    exclusive = attribute.kind == "choice"
+    exclusive, index = attribute.kind == "choice", positions(words)
     spans: list[tuple[Value, _Span]] = []
     for value in attribute.values:
-        denials = _spans(value.denials, words)
-        hidden = [*_spans(value.decoys, words), *denials]
-        terms = _spans(value.terms, words, exclusive)
-        terms += [s for s in _spans(value.adjectives, words) if _head_near(attribute, rivals, words, s.start, s.end)]
+        denials = _spans(value.denials, words, index)
+        hidden = [*_spans(value.decoys, words, index), *denials]
+        terms = _spans(value.terms, words, index, exclusive)
+        terms += [
+            s for s in _spans(value.adjectives, words, index) if _head_near(attribute, rivals, words, s.start, s.end)
+        ]
         for span in terms:
             if any(h.start <= span.start and span.end <= h.end for h in hidden):
                 continue
@@ -230,12 +233,12 @@ def _mention(attribute: Attribute, words: list[str], number: int, value: Value, 
     return Mention(value_id, status, meant.hedged, number, span.start, span.end)
 
 
-def _spans(terms: Iterable[str], words: list[str], exclusive: bool = False) -> list[_Span]:
+def _spans(terms: Iterable[str], words: list[str], index: dict[str, list[int]], exclusive: bool = False) -> list[_Span]:
     """Where terms stand. A gap may hold a list ("fractures of the fifth and sixth ribs") but no second statement."""
     found = []
     for term in terms:
         pattern = compile_term(term)
-        for start in range(len(words)):
+        for start in pattern.starts(index):
             end = pattern.match(words, start)
             if end is None:
                 continue
@@ -269,7 +272,7 @@ def _longest(spans: list[tuple[Value, _Span]]) -> list[tuple[Value, _Span]]:
 
 def _head_near(attribute: Attribute, rivals: frozenset[str], words: list[str], start: int, end: int) -> bool:
     """Whether the noun nearest to an adjective, in its clause, is a head of the attribute and not of another one."""
-    own = {singular(fold(h)) for h in attribute.heads}
+    own = {_head(h) for h in attribute.heads}
     best: tuple[float, bool] | None = None
     for step, stop in ((-1, max(-1, start - HEAD_REACH - 1)), (1, min(len(words), end + HEAD_REACH))):
         for at in range(start - 1 if step < 0 else end, stop, step):
@@ -285,6 +288,11 @@ def _head_near(attribute: Attribute, rivals: frozenset[str], words: list[str], s
     return best is not None and best[1]
 
 
+@cache
+def _head(noun: str) -> str:
+    return singular(fold(noun))
+
+
 def _of_the_image(words: list[str], start: int, end: int) -> bool:
     """ "left side of the image" is the side of the picture, not of the patient."""
     if start > 0 and words[start - 1] in ("image", "picture", "screen", "viewer"):
@@ -296,4 +304,4 @@ def _of_the_image(words: list[str], start: int, end: int) -> bool:
 
 
 def _normal(template_set: TemplateSet, caption: str) -> bool:
-    return any(_spans(template_set.normal, words) for words in _sentences(caption))
+    return any(_spans(template_set.normal, words, positions(words)) for words in _sentences(caption))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal, Protocol, runtime_checkable
 
+from meddam_core.records import Egress
 from qa_library.questions import Question
 
 Outcome = Literal["correct", "wrong", "unscored"]
@@ -70,8 +71,11 @@ class Judge(Protocol):
         """Names the judge and everything its verdicts depend on."""
         ...
 
-    async def answer(self, question: Question, caption: str) -> Verdict:
-        """The verdict on one caption and question. Never raises for what a caption or reply holds."""
+    async def answer(self, question: Question, caption: str, egress: Egress = "deny") -> Verdict:
+        """The verdict on one caption and question. Never raises for what a caption or reply holds.
+
+        `egress` is the policy of the caption's dataset: a judge outside the cluster does not see what may not leave it.
+        """
         ...
 
 
