@@ -24,7 +24,8 @@ from benchmarks.waiting_engine import REGIONS_PER_STEP, STEP_S
 from meddam_core.imaging.png import encode_png, preview_jpeg
 from meddam_core.records import EncodedImage, Image, Region, Rescale, Window, image_id, region_id
 from meddam_core.shards import write_shard
-from ray_jobs.caption import Config, run
+from ray_jobs.caption import run
+from ray_jobs.caption_config import Config
 from ray_jobs.session import session
 
 SIDE_PX = 1024

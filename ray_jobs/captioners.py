@@ -11,7 +11,7 @@ from meddam_core.engines.base import Sampling
 from meddam_core.prompts import Prompt
 
 if TYPE_CHECKING:
-    from ray_jobs.caption import Config
+    from ray_jobs.caption_config import Config
     from ray_jobs.plan import Plan
 
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from meddam_core import __version__
 from meddam_core.storage import explain
-from ray_jobs import audit, caption, demo, describe, ingest, report
+from ray_jobs import audit, caption, caption_config, demo, describe, ingest, report
 from ray_jobs.ingest_config import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
@@ -100,7 +100,7 @@ for _name, (_config, _arguments) in SOURCES.items():
     _job(_name, _config, ingest.run, _arguments, {"out": "-o"}, inspect.getdoc(_config) or "", _ingest)
 
 _job(
-    "caption", caption.Config, caption.run, ["shards"], {"out": "-o", "model": "-m"},
+    "caption", caption_config.Config, caption.run, ["shards"], {"out": "-o", "model": "-m"},
     "Describe every region of every image in SHARDS. Run the same command again to resume.",
 )  # fmt: skip
 
@@ -120,7 +120,7 @@ def _retry(
     described = RunDirectory(run).read_json(RUN)
     if described is None:
         raise ValueError(f"{run} is not a run directory: it has no {RUN}; give the --out of `meddam caption`")
-    cfg = build(caption.Config, {}, config_file, described["config"] | {"out": run})
+    cfg = build(caption_config.Config, {}, config_file, described["config"] | {"out": run})
     _finish(caption.run(cfg, retry=True), as_json)
 
 

@@ -33,7 +33,7 @@ from ray_jobs.snapshot import changed, snapshot
 from ray_jobs.summary import Summary
 
 if TYPE_CHECKING:
-    from ray_jobs.caption import Config
+    from ray_jobs.caption_config import Config
     from ray_jobs.captioners import CaptionerSpec
 
 _PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pydicom", "pillow", "numpy", "deepspeed", "deepspeed-mii")

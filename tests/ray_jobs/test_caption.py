@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from meddam_core.records import CaptionedImage, EncodedImage, from_row
 from meddam_core.shards import read_shard, write_shard
 from ray_jobs.audit import audit
-from ray_jobs.caption import Config, run
+from ray_jobs.caption import run
+from ray_jobs.caption_config import Config
 from ray_jobs.estimate import Estimate
 from ray_jobs.run_directory import RunDirectory
 from ray_jobs.summary import Summary
