@@ -1,0 +1,72 @@
+"""The settings of a caption run: options of `meddam caption`, keys of its YAML file, and fields of run.json alike."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from meddam_core.engines.base import Sampling
+
+
+class Config(BaseModel):
+    """What `meddam caption` does."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+    shards: tuple[str, ...] = Field(min_length=1)
+    """Folders of image shards (or single .parquet files), on S3 or disk."""
+    out: str
+    """The run directory, on S3 or disk. Run again with the same to resume."""
+    model: str
+    """DAM checkpoint folder, in the official layout."""
+    prompts: tuple[str, ...] = ("meddam-v1",)
+    """Prompt ids (see `meddam_core.prompts`) or text files; every region is described once for each."""
+    num_samples: int = Field(1, ge=1)
+    """Captions a region and prompt; more than one needs a temperature above 0."""
+    max_new_tokens: int = Field(256, ge=1)
+    """Longest caption, tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Nucleus of the distribution to sample from."""
+    top_k: int = Field(0, ge=0)
+    """Sample from the k likeliest tokens; 0 is off."""
+    seed: int = 0
+    """With the caption's identity it gives the caption's own random stream."""
+    aspect: str | None = Field(None, pattern="^(stretch|pad)$")
+    """How a view is brought to a square; by default the recipe's choice."""
+    margin: float | None = Field(None, ge=0, le=2)
+    """Share of a box's width and height added on each side; by default the recipe's."""
+    window: str | None = None
+    """Window preset for all images; by default the recipe's."""
+    engine: str = "auto"
+    """auto, torch, mii, or module:Class of your own."""
+    device: str = "auto"
+    """auto, cpu or cuda."""
+    dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
+    """auto is bfloat16 on a GPU and float32 on a CPU."""
+    slots: int | None = Field(None, ge=1)
+    """Captions an engine decodes at once; by default the engine's choice."""
+    num_captioners: int | None = Field(None, ge=1)
+    """Actors that hold the model: by default one a GPU of the cluster, or one."""
+    num_extractors: int | None = Field(None, ge=1)
+    """Most actors that prepare images; by default what the CPUs allow."""
+    images_per_batch: int = Field(16, ge=1)
+    """Images a captioner is handed at once."""
+    images_per_file: int = Field(1000, ge=1)
+    """Images a part file; also how much work a killed driver can lose."""
+    max_failed_share: float = Field(0.2, gt=0, le=1)
+    """Stop when more than this share of the images fails."""
+    canary_images: int = Field(8, ge=1)
+    """Stop when the first so many images all fail."""
+    num_cpus: int | None = Field(None, ge=2)
+    """CPUs of a Ray session started on this machine."""
+    dry_run: bool = False
+    """Count the input, measure a few images, say what the run would take, and write nothing."""
+
+    @property
+    def sampling(self) -> Sampling:
+        """The captions' sampling, without their own seeds."""
+        return Sampling(
+            max_new_tokens=self.max_new_tokens, temperature=self.temperature, top_p=self.top_p, top_k=self.top_k,
+            seed=self.seed,
+        )  # fmt: skip
