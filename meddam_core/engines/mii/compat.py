@@ -32,7 +32,10 @@ import torch
 VERSIONS = {"deepspeed": "0.19.8", "deepspeed-mii": "0.3.3"}
 """The versions that the private names below belong to."""
 
-INSTALL = 'pip install "meddam[mii]" and then pip install --no-deps deepspeed-mii==' + VERSIONS["deepspeed-mii"]
+INSTALL = (
+    "pip install 'meddam[mii]' ('meddam[mii-kernels]' on a GPU), then "
+    f"pip install --no-deps deepspeed-mii=={VERSIONS['deepspeed-mii']}"
+)
 
 PRIVATE_NAMES = {
     "deepspeed.inference.v2.engine_v2:InferenceEngineV2": "put flush query free_blocks _initialize_tp_group",
