@@ -25,9 +25,10 @@ from meddam_core.dam.model import Dam
 from meddam_core.engines.admission import Prompt, admit, refusal
 from meddam_core.engines.base import Delta, EngineStats, Request, Result
 from meddam_core.engines.decoder import LENGTH_STEP, Decoder, round_up
+from meddam_core.engines.faults import out_of_memory
 from meddam_core.engines.generation import Generation
-from meddam_core.engines.mii.vision import Pending, VisionQueue
 from meddam_core.engines.sampling import choose_tokens
+from meddam_core.engines.vision import Pending, VisionQueue
 from meddam_core.records import Reason, RowError
 
 MAX_DEFAULT_BATCH = 128
@@ -291,11 +292,6 @@ class TorchEngine:
         self.stats.num_out_of_memory += 1
         if self._decoder.device.type == "cuda":
             torch.cuda.empty_cache()
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that memory ran out, on a GPU or on the host."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def _length(pending: Pending) -> int:

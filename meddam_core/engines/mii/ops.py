@@ -117,7 +117,7 @@ def _flash_folder() -> Path:
     try:
         package = importlib.import_module("dskernels")
     except ImportError:
-        raise MiiUnavailable("the package deepspeed-kernels is not installed: pip install 'meddam[mii-kernels]'") from None
+        raise MiiUnavailable("deepspeed-kernels is not installed: pip install 'meddam[mii-kernels]'") from None
     return Path(package.library_path())
 
 
