@@ -7,7 +7,7 @@
 | JPEG 8-bit                     | Pillow (libjpeg-turbo)                    | HPND    |
 | JPEG-LS                        | pyjpegls, with the extra `jpegls`         | MIT     |
 | JPEG lossless, JPEG 12-bit     | imagecodecs, with the extra `jpeg`        | BSD-3   |
-| deflated frames                | zlib                                      |         |
+| deflated, uncompressed frames  | zlib, none                                |         |
 
 Nothing falls back to another decoder: a missing one is RowError(unsupported_codec) that names the extra. The sizes in a
 codestream are compared with the DICOM header before decoding, so that a small header can't hide a huge stream.
@@ -40,6 +40,8 @@ JPEG_2000 = ("1.2.840.10008.1.2.4.90", "1.2.840.10008.1.2.4.91")
 HTJ2K = ("1.2.840.10008.1.2.4.201", "1.2.840.10008.1.2.4.202", "1.2.840.10008.1.2.4.203")
 RLE = "1.2.840.10008.1.2.5"
 DEFLATED_FRAME = "1.2.840.10008.1.2.8.1"
+ENCAPSULATED = "1.2.840.10008.1.2.1.98"
+"""Uncompressed frames, one an item."""
 
 
 Codec = Callable[[bytes, FrameFormat, Limits], Frame]
@@ -184,6 +186,14 @@ def _deflated(src: bytes, fmt: FrameFormat, limits: Limits) -> Frame:
     return Frame(samples, fmt.photometric, fmt.bits_stored, "zlib")
 
 
+def _uncompressed(src: bytes, fmt: FrameFormat, limits: Limits) -> Frame:
+    if fmt.bits_allocated % 8 or fmt.photometric == "YBR_FULL_422":
+        raise RowError(Reason.UNSUPPORTED_PIXELS, "encapsulated pixels of this layout are not supported")
+    num_bytes = fmt.num_samples * fmt.bits_allocated // 8
+    samples = as_samples(src[:num_bytes], fmt.dtype().str, fmt, planar=fmt.planar)
+    return Frame(samples, fmt.photometric, fmt.bits_stored, "native")
+
+
 _CODECS: dict[str, Codec] = {
     JPEG_BASELINE: _jpeg,
     JPEG_EXTENDED: _jpeg,
@@ -193,4 +203,5 @@ _CODECS: dict[str, Codec] = {
     **dict.fromkeys((*JPEG_2000, *HTJ2K), decode_jpeg2000),
     RLE: _rle,
     DEFLATED_FRAME: _deflated,
+    ENCAPSULATED: _uncompressed,
 }

@@ -2,7 +2,7 @@
 
 Every accessor returns None for a value that is missing or not of its type, never the value as text: header text may
 hold a name. Multi-frame objects keep many facts in functional groups; `Header` looks there first (PS3.3 C.7.6.16).
-Sources: PS3.3 10.7 (spacing), C.7.6.1.1.1 (patient orientation), C.11.2 (VOI), facts of clinical practice in docs.
+Sources: PS3.3 10.7 (spacing), C.7.6.1.1.1 (patient orientation), C.11.2 (VOI).
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class Header:
 
     def value(self, keyword: str, group: str | None = None) -> Any:
         """The value of `keyword`: the frame's functional group, the shared one, or the dataset; None if unreadable."""
-        for dataset in self._places(group):
+        for dataset in self.places(group):
             found = _read(dataset, keyword)
             if found is not None and found != "":
                 return found
@@ -58,7 +58,8 @@ class Header:
         """The items of a top-level sequence; empty if there is none."""
         return _items(self.dataset, keyword)
 
-    def _places(self, group: str | None) -> list[Dataset]:
+    def places(self, group: str | None) -> list[Dataset]:
+        """Where a fact of functional group `group` may stand, the most specific first, the dataset itself last."""
         if group is None:
             return [self.dataset]
         per_frame = _items(self.dataset, "PerFrameFunctionalGroupsSequence")

@@ -40,7 +40,7 @@ def lut_of(
     """
     modal = _first(header.items("ModalityLUTSequence"), shift > 0, little)
     groups = [header.items("VOILUTSequence")]
-    groups += [item.get("VOILUTSequence", []) for item in header._places("FrameVOILUTSequence")[:-1]]
+    groups += [item.get("VOILUTSequence", []) for item in header.places("FrameVOILUTSequence")[:-1]]
     voi = None
     if not has_window and modality not in _QUANTITATIVE:
         voi = next((t for g in groups if (t := _first(list(g), shift > 0 and modal is None, little))), None)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from meddam_core.imaging.codecs import DEFLATED_FRAME, HTJ2K, JPEG_2000, RLE, codec_for
+from meddam_core.imaging.codecs import DEFLATED_FRAME, ENCAPSULATED, HTJ2K, JPEG_2000, RLE, codec_for
 from meddam_core.imaging.decoded import Stored
 from meddam_core.imaging.dicom_colour import palette_to_rgb, ybr_to_rgb
 from meddam_core.imaging.dicom_file import EXPLICIT_BIG, DicomFile
@@ -26,6 +26,8 @@ from meddam_core.imaging.limits import Limits
 from meddam_core.records import Box, Reason, RowError
 
 _GREY = ("MONOCHROME1", "MONOCHROME2", "PALETTE COLOR")
+_AS_ALLOCATED = (RLE, DEFLATED_FRAME, ENCAPSULATED)
+"""Compressed syntaxes whose samples come with all allocated bits, stored or not."""
 _COLOUR = ("RGB", "YBR_FULL", "YBR_FULL_422", "YBR_RCT", "YBR_ICT")
 
 
@@ -103,7 +105,7 @@ def stored_frame(
     samples = frame.samples
     if box is not None and samples.shape[:2] == (fmt.rows, fmt.columns):
         samples = samples[box[1] : box[3], box[0] : box[2]]
-    if file.native or file.transfer_syntax in (RLE, DEFLATED_FRAME):
+    if file.native or file.transfer_syntax in _AS_ALLOCATED:
         samples = _only_stored_bits(samples, fmt)
     if frame.photometric == "PALETTE COLOR":
         return StoredFrame(palette_to_rgb(samples, header, file.little_endian), 8, 0, "RGB", frame.decoder)

@@ -313,6 +313,21 @@ def test_impossible_headers(elements: dict[str, Any], reason: Reason) -> None:
     assert reason_of(dicom(GREY, **elements)) == reason
 
 
+@pytest.mark.parametrize("frame", [0, 1])
+def test_frames_deflated_and_encapsulated_as_they_are(frame: int) -> None:
+    frames = np.stack([GREY, GREY + 7])
+    raw = [f.tobytes() for f in frames]
+    deflated = []
+    for one in raw:
+        deflate = zlib.compressobj(wbits=-15)
+        deflated.append(deflate.compress(one) + deflate.flush())
+    plain = b"1.2.840.10008.1.2.1.98"
+    for syntax, pieces in ((plain, raw), (b"1.2.840.10008.1.2.8.1\0", deflated)):
+        data = file_bytes(dataset(frames, BitsStored=12, HighBit=11), plain.decode(), pieces)
+        data = data.replace(plain, syntax)  # pydicom does not write the other one yet
+        assert np.array_equal(decode(data, frame=frame).stored, frames[frame])
+
+
 def test_unknown_transfer_syntax() -> None:
     data = file_bytes(dataset(GREY), frames=[b"\0" * 16], syntax="1.2.840.10008.1.2.4.102")
     assert reason_of(data) == Reason.UNSUPPORTED_CODEC
