@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from ray_jobs import caption, cli, demo, describe, report
+from ray_jobs import caption_config, cli, demo, describe, report
 from ray_jobs.ingest_config import SOURCES
 
 ROOT = Path(__file__).parents[2]
@@ -46,7 +46,7 @@ def picture(tmp_path: Path) -> str:
 
 
 JOBS = [
-    (["caption"], caption.Config),
+    (["caption"], caption_config.Config),
     (["describe"], describe.Config),
     (["report"], report.Config),
     (["demo"], demo.Config),
