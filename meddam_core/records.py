@@ -219,6 +219,7 @@ class Image:
     preview: EncodedImage
     """Small JPEG of the default rendering, for people."""
     frames: list[EncodedImage] | None = None
+    """Neighbouring slices or frames in order, the picture itself among them, of its size and with its facts."""
     frame: int | None = None
     """Which frame or slice of the source this is, counted from 0; None where the source is a single picture."""
     width: int
@@ -240,6 +241,8 @@ class Image:
     """Patient directions of columns and rows, as in DICOM PatientOrientation: "L\\\\P" for a standard axial slice."""
     burned_in_annotation: bool | None = None
     regions: list[Region] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    """Of the whole image, where the dataset labels images and not regions; regions found later take them over."""
     licence: str = "unknown"
     egress: Egress = "deny"
 

@@ -46,6 +46,8 @@ class SourceRegion:
     """x0, y0, x1, y1 in pixels of the picture; None takes the tight box of the mask."""
     segmentation: Any = None
     """Run lengths or polygons, as in COCO (meddam_core.regions.masks.mask_of_segmentation)."""
+    frame_segmentations: list[Any] | None = None
+    """The same on each of the picture's context frames, in their order; run lengths may be empty there."""
     mask_uri: str | None = None
     """A picture file of the mask, of the image's size."""
     labels: list[Label] = field(default_factory=list)
@@ -64,6 +66,8 @@ class SourceItem:
     """The file's bytes, where the source holds them itself."""
     frame: int | None = None
     regions: list[SourceRegion] = field(default_factory=list)
+    labels: list[Label] = field(default_factory=list)
+    """Of the whole picture, where the source labels pictures and not regions."""
     split: str | None = None
     patient_id: str | None = None
     study_id: str | None = None

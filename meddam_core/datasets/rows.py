@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from meddam_core.datasets.base import Problem, Source, SourceItem, SourceRegion, read_limited
@@ -29,6 +30,7 @@ from meddam_core.records import (
     Image,
     Reason,
     Region,
+    Rle,
     RowError,
     image_id,
     region_id,
@@ -134,6 +136,7 @@ def _facts(item: SourceItem, decoded: Decoded, rules: RowRules) -> dict[str, Any
     return {
         "patient_key": item.patient_key or (keyed_hash(secret, f"patient:{patient}") if secret and patient else None),
         "study_key": item.study_key or (keyed_hash(secret, f"study:{study}") if secret and study else None),
+        "labels": list(item.labels),
         "dataset": rules.dataset,
         "split": item.split or "all",
         "licence": item.licence or rules.licence,
@@ -174,7 +177,23 @@ def _region(given: SourceRegion, size: tuple[int, int], limits: Limits) -> Regio
         source=given.source,
         confidence=given.confidence,
         labels=list(given.labels),
+        frame_masks=_frame_masks(given, size),
     )
+
+
+def _frame_masks(given: SourceRegion, size: tuple[int, int]) -> list[Rle] | None:
+    """The region on each context frame; empty where a frame does not show it."""
+    if given.frame_segmentations is None:
+        return None
+    masks = []
+    for segmentation in given.frame_segmentations:
+        try:
+            masks.append(rle_of(mask_of_segmentation(segmentation, size)))
+        except RowError as error:
+            if error.reason != Reason.MASK_EMPTY:
+                raise
+            masks.append(rle_of(np.zeros((size[1], size[0]), np.uint8)))
+    return masks
 
 
 def _sampled(regions: list[Region], recipe: Recipe, rules: RowRules, size: tuple[int, int], key: str) -> list[Region]:

@@ -66,6 +66,8 @@ class Decoded:
     num_frames: int = 1
     frame: int | None = None
     """Which frame or slice `stored` is, from 0; None where the source is a single picture."""
+    context: tuple[Stored, ...] = field(default=(), repr=False)
+    """Neighbouring slices or frames in order, the picture itself among them, of its shape and with its facts."""
     identity: Identity = field(default_factory=Identity, repr=False)
 
     @property

@@ -48,6 +48,7 @@ def image_fields(decoded: Decoded, window: Window | str | None = None) -> dict[s
     return {
         "image": EncodedImage(bytes=encode_png(decoded.stored)),
         "preview": EncodedImage(bytes=preview_jpeg(preview)),
+        "frames": [EncodedImage(bytes=encode_png(stored)) for stored in decoded.context] or None,
         "modality": decoded.modality,
         "frame": decoded.frame,
         "width": decoded.width,
