@@ -31,7 +31,7 @@ def captions_of(image: Image) -> list[Caption]:
     shared = {
         f.name: getattr(image, f.name)
         for f in dataclasses.fields(Caption)
-        if f.name in {g.name for g in dataclasses.fields(Image)}
+        if f.name in {g.name for g in dataclasses.fields(Image)} and f.name != "labels"
     }
     return [
         Caption(
