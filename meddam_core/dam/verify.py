@@ -2,11 +2,11 @@
 
     meddam verify --checkpoint DIR --oracle DIR [--json]
 
-An oracle folder holds `cases/*.npz`, whose arrays tests/data/oracle/dam_tiny/README.md names; maybe a checkpoint too.
+An oracle folder holds `cases/*.npz` and maybe a checkpoint; tests/data/oracle/dam_tiny/README.md names the arrays.
 The pixels go through the whole network; each stage is compared as it passes. The vision side's attention runs in its
 plain form here (matrix product, softmax, matrix product), as in the reference, so that what is measured is the network
-and not the rounding of a fused kernel. Tolerances are the README's; tokens are found by feeding the oracle's own tokens,
-so one difference does not hide what comes after it.
+and not the rounding of a fused kernel. Tolerances are the README's; tokens are found by feeding the oracle's own
+tokens, so one difference does not hide what comes after it.
 
 Invariant: a stage the oracle file holds is either compared or listed as a failure; nothing is left out silently.
 """

@@ -79,7 +79,8 @@ class _Embeddings(nn.Module):
     def forward(self, pixels_B4SS: Tensor) -> Tensor:
         patches = self.patch_embedding(pixels_B4SS[:, :3]) + self.mask_patch_embedding(pixels_B4SS[:, 3:])
         rows = patches.flatten(2).transpose(1, 2).contiguous()  # otherwise every later layer works on a strided tensor
-        return rows + self.position_embedding.weight
+        embedded: Tensor = rows + self.position_embedding.weight
+        return embedded
 
 
 class _PoolingHead(nn.Module):

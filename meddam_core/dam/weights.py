@@ -18,8 +18,8 @@ from torch import Tensor
 from meddam_core.dam.config import read_json
 
 MAX_SHARD_BYTES = 4 << 30
-_REOPEN_BYTES = 128 << 20
-"""A .bin file is mapped anew after this many bytes were read from it."""
+_REOPEN_SHARE = 16
+"""A .bin file is mapped anew after this part of it was read, so that no more of it stays resident."""
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -81,7 +81,7 @@ def _unpickle(path: Path) -> dict[str, Tensor]:
 def _bin_tensors(path: Path, names: list[str]) -> Iterator[tuple[str, Tensor]]:
     values, num_bytes = _unpickle(path), 0
     for name in names:
-        if num_bytes > _REOPEN_BYTES:
+        if num_bytes > path.stat().st_size // _REOPEN_SHARE:
             del values
             values, num_bytes = _unpickle(path), 0
         yield name, values[name]

@@ -32,6 +32,10 @@ def round_up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
+Rotation = tuple[Tensor, Tensor]
+"""cos and sin, each (..., H + K, E); the first half of sin is negated, so that a half-turn is a roll."""
+
+
 class Decoder:
     """Prefill and decode over rows in a cache that grows on demand. All methods run without autograd."""
 
@@ -107,15 +111,17 @@ class Decoder:
         places = [i * padded + place for i, row in enumerate(visual_positions) for place in row]
         x.view(-1, x.shape[-1])[torch.tensor(places, device=self.device)] = torch.cat(list(visual_rows)).to(self.dtype)
         slots = slice(first_slot, first_slot + batch)
-        cos, sin = self._cos[:padded, None], self._sin[:padded, None]
-        for layer, kv in zip(self._layers, self._kv, strict=True):
-            x = layer.prefill(x, cos, sin, kv[:, slots, :, :padded])
-        last = torch.tensor(lengths, device=self.device)
-        written = torch.arange(self.length, device=self.device) < last[:, None]
+        num_used = torch.tensor(lengths, device=self.device)
+        written = torch.arange(self.length, device=self.device) < num_used[:, None]
         self._bias[slots] = torch.zeros_like(self._bias[slots]).masked_fill_(~written, float("-inf"))
-        self._next_position[slots] = last
+        self._next_position[slots] = num_used
         self._num_used[slots] = lengths
-        return self._logits(x[torch.arange(batch, device=self.device), last - 1])
+        rotation = self._rotation(torch.arange(padded, device=self.device))
+        for layer, kv in zip(self._layers[:-1], self._kv[:-1], strict=True):
+            x = layer.prefill(x, rotation, kv[:, slots, :, :padded])
+        # Nobody reads the last layer's output but that of the last position.
+        bias, kv = self._bias[slots, None, None, :padded], self._kv[-1][:, slots, :, :padded]
+        return self._logits(self._layers[-1].prefill_last(x, rotation, kv, num_used - 1, bias))[:batch]
 
     @torch.inference_mode()
     def step(self, tokens: Sequence[int]) -> Tensor:
@@ -127,17 +133,22 @@ class Decoder:
         used = round_up(max(self._num_used[:num_active]) + 1, LENGTH_STEP)
         self._bias[rows, position] = 0.0
         bias = self._bias[:batch, None, None, :used]
-        cos, sin = self._cos[position][:, None], self._sin[position][:, None]
-        places = self._places(rows, position)
+        rotation, places = self._rotation(position), self._places(rows, position)
         for layer, kv in zip(self._layers, self._kv, strict=True):
-            x = layer.step(x, cos, sin, kv, places, bias)
-        logits = self._logits(x[:num_active])
+            x = layer.step(x, rotation, kv, places, bias)
+        logits = self._logits(x)[:num_active]
         self._next_position[:num_active] += 1
         self._num_used[:num_active] = [n + 1 for n in self._num_used[:num_active]]
         return logits
 
+    def _rotation(self, position: Tensor) -> Rotation:
+        """cos and signed sin of these positions, written out for every head: adding heads by broadcast is slow."""
+        heads = self.config.num_heads + self.config.num_kv_heads
+        cos, sin = (table[position][:, None].repeat(1, heads, 1) for table in (self._cos, self._sin))
+        return cos, sin
+
     def _places(self, rows: Tensor, position: Tensor) -> Tensor:
-        """Where one layer's keys, then values, of these rows and positions go: (B * 2K,) indices of vectors of size E."""
+        """Where a layer's keys, then values, of these rows and positions go: (B * 2K,) indices of vectors (E,)."""
         heads = torch.arange(2 * self.config.num_kv_heads, device=self.device)
         kind, head = heads // self.config.num_kv_heads, heads % self.config.num_kv_heads
         slot = kind * self.num_slots + rows[:, None]
@@ -157,10 +168,7 @@ class Decoder:
         self._bias[last] = float("-inf")
 
     def _logits(self, x_BD: Tensor) -> Tensor:
-        num = len(x_BD)
-        if num < MIN_ROWS:
-            x_BD = F.pad(x_BD, (0, 0, 0, MIN_ROWS - num))
-        return self.llm.logits(self.llm.model.norm(x_BD))[:num]
+        return self.llm.logits(self.llm.model.norm(x_BD))
 
 
 class _FusedLayer:
@@ -175,26 +183,40 @@ class _FusedLayer:
         self._norm1, self._norm2 = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
         self._eps = eps
 
-    def prefill(self, x_BLD: Tensor, cos: Tensor, sin: Tensor, kv_2BKLE: Tensor) -> Tensor:
+    def prefill(self, x_BLD: Tensor, rotation: Rotation, kv_2BKLE: Tensor) -> Tensor:
         batch, length, _ = x_BLD.shape
-        q, k, v = (t.transpose(1, 2) for t in self._project(x_BLD, cos, sin))
+        q, k, v = (t.transpose(1, 2) for t in self._project(x_BLD, rotation))
         kv_2BKLE[0], kv_2BKLE[1] = k, v
         grouped = self._heads != self._kv_heads
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
         return self._rest(x_BLD, attended.transpose(1, 2).reshape(batch, length, -1))
 
-    def step(self, x_BD: Tensor, cos: Tensor, sin: Tensor, kv_2SKLE: Tensor, places: Tensor, bias: Tensor) -> Tensor:
-        batch, used = len(x_BD), bias.shape[-1]
-        q, k, v = self._project(x_BD, cos, sin)
-        kv_2SKLE.view(-1, self._head_dim).index_copy_(0, places, torch.cat((k, v), dim=1).view(-1, self._head_dim))
-        keys, values = kv_2SKLE[:, :batch, :, :used]
-        # The heads that share keys and values are the query positions of one attention: nothing is repeated.
-        q = q.reshape(batch, self._kv_heads, -1, self._head_dim)
-        attended = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias)
-        return self._rest(x_BD, attended.reshape(batch, -1))
+    def prefill_last(self, x_BLD: Tensor, rotation: Rotation, kv_2BKLE: Tensor, last: Tensor, bias: Tensor) -> Tensor:
+        """Like `prefill`, but only the output at position `last` of each row, (B, D), or MIN_ROWS if that is more.
 
-    def _project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        `bias` masks the positions after `last`.
+        """
+        rows = torch.arange(len(x_BLD), device=x_BLD.device)
+        q, k, v = self._project(x_BLD, rotation)
+        kv_2BKLE[0], kv_2BKLE[1] = k.transpose(1, 2), v.transpose(1, 2)
+        attended = self._attend(q[rows, last], kv_2BKLE, bias)
+        return self._rest(_padded(x_BLD[rows, last]), _padded(attended))
+
+    def step(self, x_BD: Tensor, rotation: Rotation, kv_2SKLE: Tensor, places: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = self._project(x_BD, rotation)
+        kv_2SKLE.view(-1, self._head_dim).index_copy_(0, places, torch.cat((k, v), dim=1).view(-1, self._head_dim))
+        batch, used = len(x_BD), bias.shape[-1]
+        return self._rest(x_BD, self._attend(q, kv_2SKLE[:, :batch, :, :used], bias))
+
+    def _attend(self, q_BHE: Tensor, kv_2BKLE: Tensor, bias: Tensor) -> Tensor:
+        """Attention of one position a row, (B, H * E)."""
+        # The heads that share keys and values are the query positions of one attention: nothing is repeated.
+        q = q_BHE.reshape(len(q_BHE), self._kv_heads, -1, self._head_dim)
+        return F.scaled_dot_product_attention(q, kv_2BKLE[0], kv_2BKLE[1], attn_mask=bias).reshape(len(q), -1)
+
+    def _project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each (..., heads, E)."""
+        cos, sin = rotation
         x = F.rms_norm(x, x.shape[-1:], self._norm1, self._eps)
         qkv = F.linear(x, self._qkv)
         qkv = qkv.view(*qkv.shape[:-1], -1, self._head_dim)
@@ -208,6 +230,11 @@ class _FusedLayer:
         x = x + F.linear(attended, self._out)
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], self._norm2, self._eps), self._gate_up).chunk(2, dim=-1)
         return x + F.linear(F.silu(gate) * up, self._down)
+
+
+def _padded(x_BD: Tensor) -> Tensor:
+    """At least MIN_ROWS rows."""
+    return x_BD if len(x_BD) >= MIN_ROWS else F.pad(x_BD, (0, 0, 0, MIN_ROWS - len(x_BD)))
 
 
 def _side_by_side(linears: Sequence[nn.Linear]) -> Tensor:
