@@ -31,7 +31,7 @@ class Assertion:
 def sentences(text: str) -> list[list[str]]:
     """The sentences of a caption as folded words and marks; a line of a list is a sentence."""
     found: list[list[str]] = []
-    for line in re.split(r"[\n\r•]+", text):
+    for line in re.split(r"[\n\r•]+", re.sub(r"\s[-–—]+\s|[–—]", " : ", text)):
         current: list[str] = []
         for token in _words(line):
             if token in (".", "!", "?", ";"):
@@ -164,7 +164,7 @@ def _negative_predicate(after: list[str]) -> bool:
         if rest[:1] and rest[0] in ("only", "excluded", "necessarily", "be", "changed"):
             return False
         return not rest or bool(set(rest[:3]) & (cues.EXISTENCE | {"there"}))
-    return "ruled" in after[:3] or bool(set(after[:3]) & cues.GONE)
+    return "ruled" in after[:3] or bool(set(after[:4]) & cues.GONE)
 
 
 def _hedged(words: list[str], start: int, end: int) -> bool:
@@ -185,7 +185,7 @@ def _elsewhere(words: list[str], start: int) -> bool:
 def _not_own_place(words: list[str], start: int, end: int) -> bool:
     """A place in a comparison ("than the left"), or one that is said to be normal ("the right lung is clear")."""
     for cue in cues.COMPARED:
-        for at in range(max(0, start - 4), start):
+        for at in range(max(0, start - 8), start):
             if tuple(words[at : at + len(cue)]) == cue and "," not in words[at:start]:
                 return True
     for at in range(end, min(len(words), end + 7)):

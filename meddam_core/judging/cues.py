@@ -23,7 +23,7 @@ NEGATIONS = phrases(
     "no, not, without, absence of, absent, free of, free from, clear of, devoid of, void of, negative for, lack of,"
     "lack, lacking, neither, nor, never, rather than, instead of, as opposed to, unlike, resolution of, resolved,"
     "rule out, ruled out, exclude, excluded, excluding, non, deny, fail to, cannot, nothing, none of, spare, sparing,"
-    "argue against, speak against, evidence against"
+    "absent are, absent is, not seen are, not visible are, argue against, speak against, evidence against"
 )
 """Before a phrase."""
 REACH: dict[tuple[str, ...], int] = {

@@ -33,6 +33,7 @@ VERSION = 1
 HEAD_REACH = 6
 """Words between an adjective and its head noun."""
 
+_IN_GAPS = frozenset({"not", "no", "without", "never", "neither", "nor", "lack", "lacking", "absent"})
 _SIDES = {"left": "right", "right": "left"}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(?:(?:x|by|×)\s*(\d+(?:\.\d+)?)\s*)?-?\s*(mm|millimet|cm|centimet)")
 
@@ -226,10 +227,14 @@ def _mention(attribute: Attribute, words: list[str], number: int, value: Value, 
     status, value_id = meant.status, value.id
     if attribute.image_sides and value_id in _SIDES and _of_the_image(words, span.start, span.end):
         value_id = _SIDES[value_id]
-    if span.negated or (span.denial and words[span.start] == "non"):
+    if span.denial and span.negated:
+        status = "stated"
+    elif span.negated or (span.denial and words[span.start] == "non"):
         status = "denied"
-    elif span.denial and status != "ignored":  # "angles are sharp" denies an effusion; "are not sharp" states it
-        status = "denied" if status == "stated" else "stated"
+    elif span.denial and status == "denied":  # "are not sharp" states what "are sharp" denies; "nor ..." says nothing
+        status = "stated" if "not" in words[max(0, span.start - 3) : span.start] else "ignored"
+    elif span.denial and status == "stated":
+        status = "denied"
     return Mention(value_id, status, meant.hedged, number, span.start, span.end)
 
 
@@ -246,7 +251,7 @@ def _spans(terms: Iterable[str], words: list[str], index: dict[str, list[int]], 
             gap = [w for w in words[start:end] if w not in fixed] if None in pattern.places else []
             if _two_statements(gap, exclusive):
                 continue
-            negated = bool({"not", "no", "without", "never", "neither", "nor"} & set(gap))
+            negated = bool(_IN_GAPS & set(gap))
             found.append(_Span(start, end, bool(gap), negated))
     return found
 

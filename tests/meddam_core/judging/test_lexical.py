@@ -28,7 +28,7 @@ def wrong(name: str) -> list[str]:
     ]
 
 
-@pytest.mark.parametrize("half", ["tuning", "heldout", "second_heldout"])
+@pytest.mark.parametrize("half", ["tuning", "heldout", "second_heldout", "third_heldout", "fourth_heldout"])
 def test_at_least_95_percent_right_on_each_half(half: str) -> None:
     name = f"caption_questions_{half}.yaml"
     faults = wrong(name)
