@@ -179,20 +179,8 @@ class LlmJudge:
         raise JudgeCallError(NO_STRUCTURE, retryable=True)
 
     async def _send(self, question: Question, request: dict[str, Any]) -> Reply:
-        try:
-            raw = await self.client.chat.completions.with_raw_response.create(**request)
-            completion = raw.parse()
-        except openai.APIStatusError as e:
-            error = _status_error(e.status_code, e.response.headers)
-        except openai.APITimeoutError:
-            error = JudgeCallError("timeout", retryable=True)
-        except openai.APIConnectionError:
-            error = JudgeCallError("connection", retryable=True)
-        except (openai.APIError, ValueError):  # a body that is no completion
-            error = JudgeCallError("malformed reply", retryable=True)
-        else:
-            return Reply(self._verdict(question, completion), _rate_headers(raw.headers))
-        raise error  # outside of the except blocks: the original holds the payload, and must not be chained
+        completion, headers = await complete(self.client, request)
+        return Reply(self._verdict(question, completion), headers)
 
     def _verdict(self, question: Question, completion: Any) -> Verdict:
         choices = getattr(completion, "choices", None) or []
@@ -215,12 +203,36 @@ class LlmJudge:
         )
 
 
+async def complete(client: openai.AsyncOpenAI, request: dict[str, Any]) -> tuple[Any, RateHeaders]:
+    """One chat completion. Raises JudgeCallError when it brings none; the error holds nothing of what was sent."""
+    try:
+        raw = await client.chat.completions.with_raw_response.create(**request)
+        completion = raw.parse()
+    except openai.APIStatusError as e:
+        error = _status_error(e.status_code, e.response.headers)
+    except openai.APITimeoutError:
+        error = JudgeCallError("timeout", retryable=True)
+    except openai.APIConnectionError:
+        error = JudgeCallError("connection", retryable=True)
+    except (openai.APIError, ValueError):  # a body that is no completion
+        error = JudgeCallError("malformed reply", retryable=True)
+    else:
+        return completion, _rate_headers(raw.headers)
+    raise error  # outside of the except blocks: the original holds the payload, and must not be chained
+
+
 def messages(question: Question, caption: str) -> list[dict[str, str]]:
     """What the model is asked. The caption cannot close its own quotation."""
     options = "\n".join(f"{LETTERS[i]}. {o.text}" for i, o in enumerate(question.options))
-    quoted = caption.replace("<description>", "").replace("</description>", "")
-    content = USER.format(caption=quoted, question=question.text, options=options)
+    content = USER.format(caption=quotable(caption), question=question.text, options=options)
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": content}]
+
+
+def quotable(caption: str) -> str:
+    """A caption without the marks that quote it, however they are nested."""
+    while (stripped := caption.replace("<description>", "").replace("</description>", "")) != caption:
+        caption = stripped
+    return caption
 
 
 def response_format(question: Question) -> dict[str, Any]:
