@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 import sys
 import time
 from typing import Any
@@ -59,7 +60,7 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
         if plan.finished is not None:
             return plan.finished
         with session(cfg.num_cpus):
-            spec = resolve(cfg, plan)
+            spec = resolve(cfg, plan.prompts, plan.begun_engine)
             monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)
             stopped = None
             for _ in range(MAX_PASSES):  # the second finds nothing left, unless files went missing under the first
@@ -72,7 +73,7 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
 def _dry_run(cfg: Config, directory: RunDirectory) -> Estimate:
     plan = open_run(cfg, directory, retry=False)
     with session(cfg.num_cpus):
-        spec = resolve(cfg, plan)
+        spec = resolve(cfg, plan.prompts, plan.begun_engine)
         return estimate(plan, spec, share_cpus(spec.num_captioners, cfg.num_extractors).max_extractors)
 
 
@@ -162,7 +163,6 @@ def _give_way() -> None:
     os._exit(5)
 
 
-if __name__ == "__main__":
-    from ray_jobs.cli import main
-
-    main(["caption", *sys.argv[1:]])
+if __name__ == "__main__":  # the same options as `meddam caption`; an import of the command line here would be a cycle
+    sys.argv.insert(1, "caption")
+    runpy.run_module("ray_jobs.cli", run_name="__main__")

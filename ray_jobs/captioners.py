@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meddam_core.captioner import Captioner
 from meddam_core.engines.base import Sampling
 from meddam_core.prompts import Prompt
-
-if TYPE_CHECKING:
-    from ray_jobs.caption_config import Config
-    from ray_jobs.plan import Plan
+from ray_jobs.caption_config import Config
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +51,10 @@ class CaptionerSpec:
         return {"engine": self.engine, "kernels": self.kernels, "dtype": self.dtype}
 
 
-def resolve(cfg: Config, plan: Plan) -> CaptionerSpec:
+def resolve(cfg: Config, prompts: tuple[Prompt, ...], begun: dict[str, str] | None) -> CaptionerSpec:
     """Chooses device, dtype, engine and kernels for the whole run, on the node kind that will do the work.
 
-    A run that has begun keeps its first choice where the configuration says "auto". Needs Ray.
+    `begun` is what a run that has begun was begun with: it stays where the configuration says "auto". Needs Ray.
     Raises ValueError where the cluster cannot provide what was asked for.
     """
     import ray
@@ -66,7 +63,7 @@ def resolve(cfg: Config, plan: Plan) -> CaptionerSpec:
     device = ("cuda" if gpus else "cpu") if cfg.device == "auto" else cfg.device
     if device == "cuda" and not gpus:
         raise ValueError("--device cuda was asked for, but the Ray cluster has no GPU; leave it out to use the CPUs")
-    begun = plan.begun_engine or {}
+    begun = begun or {}
     dtype = cfg.dtype if cfg.dtype != "auto" else begun.get("dtype") or ("bfloat16" if device == "cuda" else "float32")
     engine = cfg.engine if cfg.engine != "auto" else begun.get("engine", "auto")
     num_captioners = cfg.num_captioners or max(1, gpus if device == "cuda" else 1)
@@ -76,7 +73,7 @@ def resolve(cfg: Config, plan: Plan) -> CaptionerSpec:
     engine, kernels = ray.get(probe.remote(engine, cfg.model, device, dtype))
     return CaptionerSpec(
         model=cfg.model, engine=engine, kernels=kernels, device=device, dtype=dtype, slots=cfg.slots,
-        num_threads=num_threads, prompts=plan.prompts, sampling=cfg.sampling, num_samples=cfg.num_samples,
+        num_threads=num_threads, prompts=prompts, sampling=cfg.sampling, num_samples=cfg.num_samples,
         num_captioners=num_captioners, gpus_each=gpus_each,
     )  # fmt: skip
 

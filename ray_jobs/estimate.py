@@ -9,15 +9,13 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from ray_jobs.captioners import CaptionerSpec
+from ray_jobs.plan import Plan
 from ray_jobs.progress import duration
-
-if TYPE_CHECKING:
-    from ray_jobs.captioners import CaptionerSpec
-    from ray_jobs.plan import Plan
 
 NUM_WARM_UP = 4
 """Images described before the clock starts: compilation and caches."""
@@ -31,6 +29,7 @@ class Estimate(BaseModel):
 
     num_images: int
     num_regions: int
+    """In the shards, and as many again as detectors can be expected to find in images without any."""
     num_captions: int
     num_captioners: int
     num_extractors: int
@@ -77,6 +76,7 @@ def estimate(plan: Plan, spec: CaptionerSpec, num_extractors: int) -> Estimate:
     measure = ray.remote(_measure).options(num_cpus=0.25, num_gpus=spec.gpus_each, max_retries=0)
     found: dict[str, Any] = ray.get(measure.remote(spec, plan.rules, [s.uri for s in plan.shards]))
     num_images, num_regions = (sum(getattr(s, n) for s in plan.shards) for n in ("num_images", "num_regions"))
+    num_regions += round(found["detected_per_image"] * num_images)
     num_captions = num_regions * len(plan.prompts) * spec.num_samples
     shared = {
         "num_images": num_images, "num_regions": num_regions, "num_captions": num_captions,
@@ -96,9 +96,10 @@ def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, Any]
     from meddam_core.shards import read_shard
 
     preparer, captioner = RegionPreparer(rules), spec()
-    images = (image for uri in uris for image in read_shard(uri) if image.regions)
+    images = (image for uri in uris for image in read_shard(uri) if image.regions or preparer.recipe(image).detector)
     prepared: list[Any] = []
     times_s: list[float] = []
+    num_detected = 0
     for image in itertools.islice(images, NUM_WARM_UP + NUM_MEASURED):
         started = time.perf_counter()
         try:
@@ -106,6 +107,7 @@ def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, Any]
         except RowError:
             continue
         times_s.append(time.perf_counter() - started)
+        num_detected += 0 if image.regions else len(prepared[-1])
     if not prepared:
         raise ValueError("no image with a region could be prepared: there is nothing to measure")
     captioner.describe([r for some in prepared[:NUM_WARM_UP] for r in some])
@@ -116,6 +118,7 @@ def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, Any]
     captioner.loop.close()
     return {
         "images_prepared_per_s": 1 / statistics.median(times_s), "num_captions": len(captions),
+        "detected_per_image": num_detected / len(prepared),
         "describe_s": describe_s, "bytes_per_caption": _stored_bytes(captions) / len(captions),
     }  # fmt: skip
 

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -23,6 +23,8 @@ from meddam_core.dam.config import read_config
 from meddam_core.prompts import Prompt, load_prompt
 from meddam_core.records import REGION_BITS, Status
 from ray_jobs.audit import Audit, images_in
+from ray_jobs.caption_config import Config
+from ray_jobs.captioners import CaptionerSpec
 from ray_jobs.checkpoints import committed_ids, repair
 from ray_jobs.fingerprint import STAGES, differences, inputs_digest, weights_digest
 from ray_jobs.monitor import Totals
@@ -31,10 +33,6 @@ from ray_jobs.publish import Generation
 from ray_jobs.run_directory import RUN, SUMMARY, InputShard, RunDirectory
 from ray_jobs.snapshot import changed, snapshot
 from ray_jobs.summary import Summary
-
-if TYPE_CHECKING:
-    from ray_jobs.caption_config import Config
-    from ray_jobs.captioners import CaptionerSpec
 
 _PACKAGES = ("torch", "transformers", "ray", "pyarrow", "pydicom", "pillow", "numpy", "deepspeed", "deepspeed-mii")
 
@@ -152,7 +150,8 @@ def finish_summary(
     assert plan.spec is not None
     return Summary(
         state=state, why=why, generation=generation.number if generation else None, attempt=plan.attempt,
-        num_images=sum(s.num_images for s in plan.shards), num_regions=sum(s.num_regions for s in plan.shards),
+        num_images=sum(s.num_images for s in plan.shards),
+        num_regions=found.num_regions if found else sum(s.num_regions for s in plan.shards),
         num_captions=found.num_published if found else 0, by_status=found.by_status if found else {},
         by_reason=found.by_reason if found else dict(totals.by_reason),
         num_tokens=generation.num_tokens if generation else totals.num_tokens, engine=plan.spec.engine,
