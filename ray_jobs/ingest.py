@@ -26,6 +26,7 @@ import hashlib
 import json
 import logging
 import os
+import runpy
 import secrets
 import sys
 import time
@@ -42,9 +43,10 @@ from meddam_core.datasets.rows import RowRules
 from meddam_core.imaging.deidentify import keyed_hash
 from meddam_core.imaging.limits import Limits
 from meddam_core.records import SCHEMA_VERSION, Egress
-from ray_jobs.ingest_config import Config
+from ray_jobs.ingest_config import Config, LidcIdriConfig
 from ray_jobs.ingest_parts import IngestPart, PartCounts, write_parts
 from ray_jobs.lease import Lease
+from ray_jobs.region_table import RegionSummary, write_region_table
 from ray_jobs.session import session
 
 logger = logging.getLogger(__name__)
@@ -105,12 +107,14 @@ class Summary(BaseModel):
         return text if self.num_images else [*text, "no image could be read: see rejected/ for the reasons"]
 
 
-def run(cfg: Config) -> Summary:
+def run(cfg: Config) -> Summary | RegionSummary:
     """Ingests what is not ingested yet.
 
     Raises ValueError or StorageError for a configuration that cannot work, before any work; LeaseHeld where another
     driver is at it.
     """
+    if isinstance(cfg, LidcIdriConfig) and cfg.regions_only:
+        return write_region_table(cfg)
     source = cfg.source()
     storage.check_writable(cfg.out)
     secret = _secret(cfg)
@@ -246,7 +250,6 @@ def _give_way() -> None:
     os._exit(5)
 
 
-if __name__ == "__main__":
-    from ray_jobs.cli import main
-
-    main(["ingest", *sys.argv[1:]])
+if __name__ == "__main__":  # the same options as `meddam ingest`; an import of the command line here would be a cycle
+    sys.argv.insert(1, "ingest")
+    runpy.run_module("ray_jobs.cli", run_name="__main__")

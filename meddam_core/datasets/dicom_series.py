@@ -21,10 +21,8 @@ from functools import lru_cache
 import numpy as np
 
 from meddam_core import storage
-from meddam_core.imaging.dicom_file import open_dicom
-from meddam_core.imaging.dicom_header import Header, identity
-from meddam_core.imaging.limits import Limits
-from meddam_core.imaging.quiet import quiet
+from meddam_core.imaging.decode import read_identity
+from meddam_core.imaging.decoded import Identity
 from meddam_core.records import Reason, RowError
 
 _HEAD_BYTES = 1 << 16
@@ -71,45 +69,28 @@ def _slices(folder: str, series_uid: str) -> Iterator[Slice]:
         by_folder[entry.uri.rpartition("/")[0]].append(entry.uri)
     for uris in by_folder.values():
         for uri in uris:
-            header = _header(uri)
-            if header is None:
+            who = _identity(uri)
+            if who is None:
                 continue
-            if header.text("SeriesInstanceUID") != series_uid:
+            if who.series_uid != series_uid:
                 break
-            found = _slice(uri, header)
-            if found is not None:
-                yield found
+            if who.position_mm is not None and who.slice_normal is not None and who.z_mm is not None:
+                yield Slice(
+                    uri=uri, z_mm=who.z_mm, position_mm=who.position_mm, normal=who.slice_normal,
+                    instance_number=who.instance_number or 0,
+                )  # fmt: skip
 
 
-def _header(uri: str) -> Header | None:
-    """The file's header; None for what is no DICOM image."""
+def _identity(uri: str) -> Identity | None:
+    """Which slice a file is; None if it is no DICOM file, or broken: should its slice be asked for, it is missing."""
     fs, path = storage.open_uri(uri)
     with fs.open_input_file(path) as stream:
         head = bytes(stream.read(_HEAD_BYTES))
-        if b"DICM" not in head[:132]:
-            return None
-        header = _read(head)
-        if header is None or not header.floats("ImagePositionPatient"):
-            header = _read(head + bytes(stream.read()))
-    return header
-
-
-def _read(data: bytes) -> Header | None:
-    with quiet():
         try:
-            return Header(open_dicom(data, Limits()).dataset, 0)
-        except (RowError, ValueError, OSError, EOFError, KeyError, NotImplementedError):
-            return None  # cut short or broken: if its slice is asked for, that is said then
-
-
-def _slice(uri: str, header: Header) -> Slice | None:
-    who, place = identity(header), header.floats("ImagePositionPatient")
-    if who.position_mm is None or who.slice_normal is None or len(place) != 3:
-        return None
-    return Slice(
-        uri=uri, z_mm=place[2], position_mm=who.position_mm, normal=who.slice_normal,
-        instance_number=who.instance_number or 0,
-    )  # fmt: skip
+            who = read_identity(head)
+            return who if who.position_mm is not None else read_identity(head + bytes(stream.read()))
+        except RowError:
+            return None
 
 
 def _ordered(found: list[Slice]) -> Iterator[Slice]:

@@ -186,22 +186,22 @@ def _like(chosen: Decoded, other: Decoded) -> Stored:
     if other.rescale == chosen.rescale or chosen.rescale is None:
         return other.stored
     stored = (physical_values(other, other.stored) - chosen.rescale.intercept) / chosen.rescale.slope
-    limits = np.iinfo(chosen.stored.dtype)
-    return np.clip(np.rint(stored), limits.min, limits.max).astype(chosen.stored.dtype)  # type: ignore[no-any-return]
+    values: Any = np.clip(np.rint(stored), 0, np.iinfo(chosen.stored.dtype).max).astype(chosen.stored.dtype)
+    return values  # type: ignore[no-any-return]
 
 
 def _upsampled(stored_HW: Stored, facts: Decoded, factor: int) -> Stored:
     """Each pixel as `factor` x `factor`, by cubic interpolation, centres kept in place; padding stays padding."""
     if factor == 1:
         return stored_HW
-    values_HW = cv2.resize(stored_HW.astype(np.float32), None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    values_HW: Any = cv2.resize(stored_HW.astype(np.float32), None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
     values_HW = np.clip(np.rint(values_HW), int(stored_HW.min()), int(stored_HW.max())).astype(stored_HW.dtype)
     if facts.padding:
         nearest_HW = np.kron(stored_HW, np.ones((factor, factor), stored_HW.dtype))
         first, last = facts.padding
         is_padding_HW = (nearest_HW >= first) & (nearest_HW <= last)
         values_HW[is_padding_HW] = nearest_HW[is_padding_HW]
-    return values_HW
+    return values_HW  # type: ignore[no-any-return]
 
 
 def _divided(spacing_mm: tuple[float, float] | None, factor: int) -> tuple[float, float] | None:

@@ -1,14 +1,14 @@
 """What is known about a LIDC nodule, as labels: grades with the share of readers behind them, and sizes.
 
-| label                | value                                                                    | trust                    |
-|----------------------|--------------------------------------------------------------------------|--------------------------|
-| finding              | nodule; mass where the longest diameter is above 30 mm                   | readers who marked it, of 4 |
-| subtlety, margin, texture, sphericity, malignancy | median grade, 1 to 5: "4", "3.5"            | readers who agree        |
-| lobulation, spiculation | median grade; undecided where it says none but a reader saw some      | readers who agree        |
-| internalStructure    | soft tissue, fluid, fat, air: the mode; undecided in a tie               | readers who gave it      |
-| calcification        | popcorn ... central, absent: the mode; undecided in a tie, and where it is absent but a reader saw some | readers who gave it |
-| longest_diameter_mm  | median of the longest in-plane diameter                                  | none                     |
-| mean_diameter_mm     | median of the mean of the longest diameter and the one across it         | none                     |
+| label                   | value                                                               | trust              |
+|-------------------------|---------------------------------------------------------------------|--------------------|
+| finding                 | nodule; mass where the longest diameter is above 30 mm              | who marked it, of 4 |
+| subtlety, margin, texture, sphericity, malignancy | median grade, 1 to 5: "4", "3.5"          | who agrees         |
+| lobulation, spiculation | median grade; undecided if that is low, but a reader saw some       | who agrees         |
+| internalStructure       | soft tissue, fluid, fat, air: the mode; undecided in a tie          | who gave it        |
+| calcification           | popcorn ... central, absent: the mode; undecided as in both above   | who gave it        |
+| longest_diameter_mm     | median of the longest in-plane diameter                             | none               |
+| mean_diameter_mm        | median of the mean of the longest diameter and the one across it    | none               |
 
 Readers agree with a median of 4 and more by a grade of 4 or 5, with one of 2 and less by 1 or 2, with all between by 3;
 for texture and sphericity, whose grades are kinds, by the same grade. Scans of the first 399 cases: spiculation and

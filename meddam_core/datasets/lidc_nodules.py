@@ -23,8 +23,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse.csgraph import connected_components
-from scipy.spatial.distance import cdist, pdist
 
 from meddam_core.datasets.lidc_annotations import Contour, Reading, Scan
 from meddam_core.records import Box
@@ -130,6 +128,10 @@ def nodules_of(scan: Scan) -> Iterator[Nodule]:
 
 def _clusters(scan: Scan, matrices: Sequence[NDArray[np.int64]]) -> list[list[int]]:
     """Positions of readings by cluster, in the order of each cluster's first reading."""
+    from scipy.sparse.csgraph import (
+        connected_components,
+    )  # here: importing it takes a second, and this module is the CLI's
+
     tolerance = scan.slice_thickness_mm
     distance_NN = _distances(matrices, tolerance)
     while True:
@@ -142,6 +144,8 @@ def _clusters(scan: Scan, matrices: Sequence[NDArray[np.int64]]) -> list[list[in
 
 def _distances(matrices: Sequence[NDArray[np.int64]], tolerance: float) -> NDArray[np.float64]:
     """(N, N): the smallest distance between two readings' outline points; inf where it is above `tolerance`."""
+    from scipy.spatial.distance import cdist
+
     lows, highs = [m.min(axis=0) for m in matrices], [m.max(axis=0) for m in matrices]
     distance_NN = np.full((len(matrices), len(matrices)), np.inf)
     np.fill_diagonal(distance_NN, 0)
@@ -200,6 +204,8 @@ class Diameters:
 
 def diameters(scan: Scan, reading: Reading) -> Diameters:
     """The longest in-plane diameter of a reading and the one across it, mm."""
+    from scipy.spatial.distance import pdist
+
     best, outline = -1.0, reading.contours[0].points_N2
     for contour in reading.contours:
         longest = float(pdist(contour.points_N2).max()) if len(contour.points_N2) > 1 else 0.0
@@ -214,7 +220,7 @@ def _across(points_N2: NDArray[np.int64]) -> float:
     """The longest straight cut through an outline at right angles to its longest diameter, pixels."""
     if len(points_N2) < 2:
         return 0.0
-    distance_NN = cdist(points_N2, points_N2)
+    distance_NN = np.linalg.norm(points_N2[:, None] - points_N2[None], axis=-1)
     first, last = np.unravel_index(int(distance_NN.argmax()), distance_NN.shape)
     axis = (points_N2[last] - points_N2[first]) / max(float(distance_NN[first, last]), 1e-9)
     along_N = np.round(points_N2 @ axis, 9)

@@ -13,7 +13,7 @@ their median and their modes. Ids of patients and series are the ones under whic
 | slice_k, slice_z, n_slices              | reference slice: index from the lowest z, z in mm; slices of the scan      |
 | readers_on_slice, readers_nonempty      | readings with an inclusion there, and with any pixel left inside it        |
 | consensus_area_px, union_area_px        | pixels on that slice in at least half of the readings, and in any          |
-| consensus_bbox_*                        | tight box of the consensus, half-open: the region. Empty where there is none |
+| consensus_bbox_*                        | tight box of the consensus, half-open: the region; empty if none           |
 | union_bbox_*, contour_bbox_*            | of the union; of the outlines, which run outside the nodule                |
 | pixel_spacing, slice_thickness, slice_spacing | mm; the last is the median step between slices                       |
 | diameter_mm_median                      | median over readers of the longest in-plane diameter                       |
@@ -70,9 +70,7 @@ SCHEMA = pa.schema(
 )
 
 
-def region_rows(
-    database: bytes, *, min_readers: int = MIN_READERS, merged: bool = False
-) -> Iterator[dict[str, Any]]:
+def region_rows(database: bytes, *, min_readers: int = MIN_READERS, merged: bool = False) -> Iterator[dict[str, Any]]:
     """The table's rows, scan by scan, as `SCHEMA` has them.
 
     merged: whether clusters of more readings than readers, which are several nodules, are listed too.
@@ -87,7 +85,7 @@ def region_row(nodule: Nodule) -> dict[str, Any]:
     """One row of the table."""
     scan, k = nodule.scan, nodule.reference_slice
     masks_RHW = nodule.masks(k)
-    consensus_HW, union_HW = nodule.consensus(k), masks_RHW.any(axis=0)
+    consensus_HW, union_HW = nodule.consensus(k), np.asarray(masks_RHW.any(axis=0))
     areas = [int(mask.sum()) for mask in masks_RHW]
     sizes = [diameters(scan, reading) for reading in nodule.readings]
     boxes = (nodule.box(consensus_HW), nodule.box(union_HW), nodule.outline_box(k))

@@ -20,6 +20,9 @@ regions, so both readings have a name):
 | lidc-idri       | box    | 0      | 5       | lung   | none     | LIDC-IDRI, tight boxes         |
 | lidc-idri-all   | box    | 0      | all     | lung   | none     | the same, every nodule         |
 | lidc-idri-mask  | mask   | 0      | all     | lung   | none     | LIDC-IDRI, consensus masks     |
+| lidc-idri-soft  | box    | 0      | all     | soft_tissue | none | LIDC-IDRI, for calcification  |
+| lidc-idri-three-window | box | 0  | all     | three_window | none | LIDC-IDRI, R, G, B: lung, soft tissue, bone |
+| lidc-idri-clip  | mask   | 0      | all     | lung   | none     | LIDC-IDRI, eight slices of each nodule |
 | skincon         | box    | 0.15   | 5       | -      | lesions  | SkinCon                        |
 | skincon-all     | box    | 0.15   | all     | -      | lesions  | the same, every region found   |
 | coco            | box    | 0      | all     | -      | none     | COCO instances                 |
@@ -55,7 +58,9 @@ class Recipe:
     max_regions: int | None = None
     """Regions an image, chosen at ingest; None keeps all."""
     window: str | None = None
-    """Window preset; None takes the header's, or percentiles where it has none."""
+    """Window preset, or three_window; None takes the header's, or percentiles where it has none."""
+    clip: bool = False
+    """Whether a region is shown as the eight frames of the joint image/video model, by a prompt with eight <image>."""
     aspect: Aspect = "stretch"
     """How DAM's full view and focal crop are brought to its square input."""
     crop_aspect: Aspect = "pad"
@@ -77,6 +82,9 @@ _RECIPES = (
     Recipe(name="lidc-idri", max_regions=PAPER_MAX_REGIONS, window="lung"),
     Recipe(name="lidc-idri-all", window="lung"),
     Recipe(name="lidc-idri-mask", prompt="mask", window="lung"),
+    Recipe(name="lidc-idri-soft", window="soft_tissue"),
+    Recipe(name="lidc-idri-three-window", window="three_window"),
+    Recipe(name="lidc-idri-clip", prompt="mask", window="lung", clip=True),
     Recipe(name="skincon", margin=0.15, max_regions=PAPER_MAX_REGIONS, detector="lesions"),
     Recipe(name="skincon-all", margin=0.15, detector="lesions"),
     Recipe(name="coco"),

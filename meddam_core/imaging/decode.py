@@ -15,8 +15,10 @@ from __future__ import annotations
 
 import dataclasses
 
-from meddam_core.imaging.decoded import Decoded, Stored
+from meddam_core.imaging.decoded import Decoded, Identity, Stored
 from meddam_core.imaging.dicom import decode_dicom
+from meddam_core.imaging.dicom_file import open_dicom
+from meddam_core.imaging.dicom_header import Header, identity
 from meddam_core.imaging.limits import Limits, check_box, inflate
 from meddam_core.imaging.quiet import quiet
 from meddam_core.imaging.raster import FORMATS, decode_raster
@@ -59,6 +61,22 @@ def decode(
             raise RowError(
                 Reason.CORRUPT, f"the file is broken: reading it as {kind} ended with {type(error).__name__}"
             ) from None
+
+
+def read_identity(data: bytes, limits: Limits | None = None) -> Identity:
+    """Who and which slice a DICOM file shows, from its header: the file's beginning is enough.
+
+    Raises RowError, and nothing else: not_an_image for files of another kind, corrupt for broken ones.
+    """
+    if data[128:132] != b"DICM":
+        raise RowError(Reason.NOT_AN_IMAGE, "not a DICOM file")
+    with quiet():
+        try:
+            return identity(Header(open_dicom(data, limits or Limits()).dataset, 0))
+        except RowError as error:
+            raise RowError(error.reason, error.detail) from None
+        except Exception as error:  # noqa: BLE001 - as in `decode`
+            raise RowError(Reason.CORRUPT, f"the header is broken ({type(error).__name__})") from None
 
 
 def _decode(data: bytes, kind: Kind, name: str, frame: int | None, box: Box | None, limits: Limits) -> Decoded:

@@ -32,6 +32,8 @@ class Identity:
     position_mm: float | None = None
     """Image position along the slice normal: the order of slices in a series."""
     slice_normal: tuple[float, float, float] | None = None
+    z_mm: float | None = None
+    """The last coordinate of the image position, by which some annotations name a slice."""
 
     def __repr__(self) -> str:
         return "Identity(withheld)"

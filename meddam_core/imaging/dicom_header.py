@@ -231,5 +231,6 @@ def identity(header: Header) -> Identity:
         instance_number=header.integer("InstanceNumber"),
         frame_of_reference_uid=header.text("FrameOfReferenceUID"),
         position_mm=float(normal @ np.array(position)) if normal is not None and len(position) == 3 else None,
+        z_mm=position[2] if len(position) == 3 else None,
         slice_normal=None if normal is None else (float(normal[0]), float(normal[1]), float(normal[2])),
     )

@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddam_core.records import Reason, Region, RowError
-from meddam_core.regions.masks import box_mask, mask_of
+from meddam_core.regions.geometry import box_mask
+from meddam_core.regions.masks import mask_of
 
 CLIP_FRAMES = 8
 

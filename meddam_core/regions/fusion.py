@@ -60,9 +60,10 @@ def fuse_boxes(boxes: Sequence[ReaderBox], min_overlap: float = MIN_OVERLAP) -> 
             places.append([i])
     fused = [
         FusedBox(
-            box=_mean(boxes, members), members=tuple(sorted(members)),
+            box=_mean(boxes, members),
+            members=tuple(sorted(members)),
             num_readers=len({boxes[i].reader for i in members}),
-        )  # fmt: skip
+        )
         for members in places
     ]
     return sorted(fused, key=lambda f: f.box)

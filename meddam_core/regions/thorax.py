@@ -83,8 +83,8 @@ def find_thorax(grey_HW: NDArray[Any]) -> Thorax | None:
 
 def _lung_pairs(shown_HW: NDArray[np.float32], level: float) -> list[Thorax]:
     """Pairs of dark areas at one brightness level, as frames of the small picture."""
-    dark_HW = (shown_HW < level).astype(np.uint8)
-    dark_HW = cv2.morphologyEx(dark_HW, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
+    below_HW = (shown_HW < level).astype(np.uint8)
+    dark_HW = cv2.morphologyEx(below_HW, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     num, names_HW, stats, centres = cv2.connectedComponentsWithStats(dark_HW, connectivity=4)
     height, width = dark_HW.shape
     lungs = [
@@ -112,15 +112,13 @@ def _pair(
     height, width = names_HW.shape
     x0, y0 = min(a[0], b[0]), min(a[1], b[1])
     x1, y1 = max(a[0] + a[2], b[0] + b[2]), max(a[1] + a[3], b[1] + b[3])
-    inner = [
-        np.flatnonzero((names_HW == names[0]).any(axis=0)).max(), np.flatnonzero((names_HW == names[1]).any(axis=0)).min()
-    ]  # fmt: skip
+    columns_a, columns_b = (np.flatnonzero((names_HW == name).any(axis=0)) for name in names)
     midline = (centre_a[0] + centre_b[0]) / 2
     shared = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
     agreement = [
         _plausible(min(a[4], b[4]) / max(a[4], b[4]), 0.3, 0.6),  # of about one size
         _plausible(shared / max(a[3], b[3]), 0.45, 0.75),  # at one height
-        _plausible((inner[1] - inner[0]) / (x1 - x0), -0.12, 0.0),  # beside each other
+        _plausible((columns_b[0] - columns_a[-1]) / (x1 - x0), -0.12, 0.0),  # beside each other
         _plausible((x1 - x0) / width, 0.4, 0.6),
         _plausible((y1 - y0) / height, 0.35, 0.5),
         _between((x1 - x0) / (y1 - y0), 0.7, 0.85, 1.45, 1.8),

@@ -8,7 +8,7 @@ import pytest
 
 from meddam_core.datasets import recipes
 from meddam_core.datasets.recipes import RECIPES, get_recipe, resolve_recipe
-from meddam_core.imaging.windows import PRESETS
+from meddam_core.imaging.windows import PRESETS, THREE_WINDOW
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,7 +35,7 @@ def test_the_tables_say_what_the_code_does(text: str) -> None:
         recipe = RECIPES[name]
         assert (prompt, float(margin)) == (recipe.prompt, recipe.margin)
         assert regions == ("all" if recipe.max_regions is None else str(recipe.max_regions))
-        assert window == (recipe.window or window) and window in ("header", "-", *PRESETS)
+        assert window == (recipe.window or window) and window in ("header", "-", THREE_WINDOW, *PRESETS)
         assert detector == (recipe.detector or "none")
 
 
