@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meddam_core.dam.activations import gated_silu
 from meddam_core.dam.config import LlmConfig
 
 KeyValue = tuple[Tensor, Tensor]
@@ -90,7 +91,7 @@ class Mlp(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        out: Tensor = self.down_proj(gated_silu(self.gate_proj(x), self.up_proj(x)))
         return out
 
 

@@ -5,7 +5,7 @@
 An oracle folder holds `cases/*.npz` and maybe a checkpoint; tests/data/oracle/dam_tiny/README.md names the arrays.
 The pixels go through the whole network; each stage is compared as it passes. The vision side's attention runs in its
 plain form here (matrix product, softmax, matrix product), as in the reference, so that what is measured is the network
-and not the rounding of a fused kernel. Tolerances are the README's; tokens are found by feeding the oracle's own
+and not the rounding of a kernel. Tolerances are the README's; tokens are found by feeding the oracle's own
 tokens, so one difference does not hide what comes after it.
 
 Invariant: a stage the oracle file holds is either compared or listed as a failure; nothing is left out silently.
@@ -114,10 +114,10 @@ def verify(checkpoint: str | Path | None, oracle: str | Path) -> Verification:
 
 def verify_case(dam: Dam, name: str, case: Case) -> list[StageCheck]:
     """Every stage of one case, as its .npz holds it."""
-    with torch.inference_mode():
-        with sdpa_kernel(SDPBackend.MATH):
-            ours = _vision(dam, case)
-        ours |= _language(dam, case, ours.get("proj_out"))
+    dam.requires_grad_(False)  # and not inference mode: torch's own activations, rounded as the reference's are
+    with sdpa_kernel(SDPBackend.MATH):
+        ours = _vision(dam, case)
+    ours |= _language(dam, case, ours.get("proj_out"))
     checks = []
     for stage in case:
         if stage in _INPUTS:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meddam_core.dam.activations import gelu_tanh
 from meddam_core.dam.config import ContextConfig, DamConfig, VisionConfig
 
 
@@ -25,7 +26,7 @@ class _Mlp(nn.Module):
         self.fc2 = nn.Linear(inner, size)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        out: Tensor = self.fc2(gelu_tanh(self.fc1(x)))
         return out
 
 

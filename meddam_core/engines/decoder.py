@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meddam_core.dam.activations import gated_silu
 from meddam_core.dam.llm import Layer, Llama, rotary_table
 
 LENGTH_STEP = 32
@@ -222,14 +223,15 @@ class _FusedLayer:
         qkv = qkv.view(*qkv.shape[:-1], -1, self._head_dim)
         num_turned = self._heads + self._kv_heads
         turned = qkv.narrow(-2, 0, num_turned)
-        turned = torch.addcmul(turned * cos, turned.roll(self._head_dim // 2, -1), sin)
+        # Not addcmul: it may round the end of a tensor differently, and a row's numbers would depend on the batch.
+        turned = (turned * cos).add_(turned.roll(self._head_dim // 2, -1).mul_(sin))
         q, k = turned.narrow(-2, 0, self._heads), turned.narrow(-2, self._heads, self._kv_heads)
         return q, k, qkv.narrow(-2, num_turned, self._kv_heads)
 
     def _rest(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + F.linear(attended, self._out)
         gate, up = F.linear(F.rms_norm(x, x.shape[-1:], self._norm2, self._eps), self._gate_up).chunk(2, dim=-1)
-        return x + F.linear(F.silu(gate) * up, self._down)
+        return x + F.linear(gated_silu(gate, up), self._down)
 
 
 def _padded(x_BD: Tensor) -> Tensor:
