@@ -177,6 +177,9 @@ def _torch_accelerator(device: torch.device) -> Any:
         def current_device_name(self) -> str:
             return str(device)
 
+        def create_op_builder(self, class_name: str) -> None:
+            """Nothing is compiled; DeepSpeed would build a shared-memory op for a tensor-parallel group on a CPU."""
+
     return TorchAccelerator()
 
 

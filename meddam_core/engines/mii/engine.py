@@ -30,6 +30,7 @@ from meddam_core.engines.mii.startup import (
     check_supported,
     logit_reference,
 )
+from meddam_core.engines.mii.tensor_parallel import join
 from meddam_core.engines.vision import Pending, VisionQueue
 from meddam_core.records import Reason, RowError
 
@@ -50,6 +51,7 @@ class MiiEngine:
         eos_ids: ids that end a caption, instead of the checkpoint's; () decodes every caption to its limit.
         keep_weights: leave the Dam's language model as it is, at the price of a second copy of its weights.
         startup_check: compare logits with the torch model before serving.
+        tp_size: processes that share the language model; see tensor_parallel. This one is rank 0.
 
     Raises:
         MiiUnavailable: wrong versions, a device or model the kernels do not fit, or a failed check.
@@ -61,7 +63,7 @@ class MiiEngine:
         self, dam: Dam, *, kernels: str | None = None, max_sequences: int | None = None,
         token_budget: int | None = None, cache_bytes: int | None = None, num_blocks: int | None = None,
         vision_batch: int | None = None, eos_ids: Collection[int] | None = None, keep_weights: bool = False,
-        startup_check: bool = True,
+        startup_check: bool = True, tp_size: int = 1,
     ) -> None:  # fmt: skip
         on_gpu = dam.device.type == "cuda"
         self.kernels = kernels or ("cuda" if on_gpu else "torch")
@@ -85,9 +87,13 @@ class MiiEngine:
             cache_bytes=cache_bytes,
             num_blocks=num_blocks,
         )
+        self._group = None
+        if tp_size > 1:
+            self._group = join(tp_size, self._device)
+            self._group.send((self.kernels, limits, keep_weights))
         with self._on_device():
             reference = logit_reference(dam, limits.max_length) if startup_check else None
-            self._ragged = build_ragged_engine(dam, self.kernels, limits, keep_weights)
+            self._ragged = build_ragged_engine(dam, self.kernels, limits, keep_weights, self._group)
             self.logit_difference = check_logits(self._ragged, reference, dam.dtype) if reference else None
             """The start-up check's largest relative difference; None if it was not made."""
             self._vision = VisionQueue(
@@ -180,6 +186,10 @@ class MiiEngine:
         """Frees weights, cache and buffers. The process and other engines in it go on."""
         if self._failure is None:
             self._failure = RuntimeError("the engine was closed")
+        if self._group is not None:
+            self._group.send(None)
+            self._group.leave()
+            self._group = None
         for name in ("scheduler", "_ragged", "_vision", "_generations"):
             if hasattr(self, name):
                 delattr(self, name)

@@ -18,6 +18,7 @@ from typing import Any
 import deepspeed.comm as dist
 import numpy as np
 import torch
+import torch.distributed
 import torch.nn.functional as F
 from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.v2.engine_v2 import InferenceEngineV2
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 
 from meddam_core.dam.config import LlmConfig
 from meddam_core.engines.mii import torch_kernels
+from meddam_core.engines.mii.tensor_parallel import TensorGroup
 from meddam_core.engines.mii.torch_kernels import BLOCK_SIZE, SequenceState
 
 FASTGEN_EPS = 1e-5
@@ -198,6 +200,15 @@ class TorchDamLlama(DamLlama):
             states, self._cos, self._sin, self._config.torch_dtype, self._max_positions
         )
 
+    def _forward_unembed(self, hidden_states: Tensor, ragged_batch_info: Any) -> Tensor:
+        top = self._non_transformer
+        logits = self._unembed(hidden_states, top.word_unembed, ragged_batch_info, top.final_norm)
+        if self.tp_size == 1:
+            return logits
+        parts = [torch.empty_like(logits) for _ in range(self.tp_size)]  # of the vocabulary
+        torch.distributed.all_gather(parts, logits, group=self._base_mp_group)
+        return torch.cat(parts, dim=-1)
+
     def _unembed(self, hidden: Tensor, weight: Tensor, batch: Any, gamma: Tensor) -> Tensor:
         del batch
         return F.linear(self.norm.rms(hidden[self.plan.last_S], gamma), weight)
@@ -278,12 +289,14 @@ class RaggedEngine(InferenceEngineV2):  # type: ignore[misc]
     The compiled kernels must run on the device's default stream: their BLAS handle knows no other.
     """
 
-    _launched: torch.cuda.Event | None = None
+    def __init__(self, policy: Any, config: Any, group: TensorGroup | None = None) -> None:
+        self._group = group
+        self._announced: set[int] = set()
+        self._launched: torch.cuda.Event | None = None
+        super().__init__(policy, config)
 
     def _initialize_tp_group(self) -> Any:
-        if self._config.tensor_parallel.tp_size == 1:
-            return None
-        return super()._initialize_tp_group()
+        return None if self._group is None else super()._initialize_tp_group()
 
     def put(self, batch_uids: Iterable[int], batch_tokens: Sequence[Tensor], do_checks: bool = False) -> Tensor:
         """Logits (sequences, vocabulary) after the last new token of each sequence; valid until the next `put`.
@@ -293,6 +306,8 @@ class RaggedEngine(InferenceEngineV2):  # type: ignore[misc]
         assert not do_checks
         uids = list(batch_uids)
         self._model.batch_uids = uids
+        if self._group is not None and self._group.rank == 0:
+            self._announce(self._group, uids, batch_tokens)
         if self._launched is not None:
             self._launched.synchronize()  # its copies from host buffers, which are filled anew now
         with torch.inference_mode():
@@ -304,7 +319,19 @@ class RaggedEngine(InferenceEngineV2):  # type: ignore[misc]
 
     def flush(self, uid: int) -> None:
         """Frees a sequence's blocks and its place in the tracker."""
+        if self._group is not None and self._group.rank == 0:
+            self._group.send(uid)
+            self._announced.discard(uid)
         manager = self._state_manager
         sequence = manager._seqs.pop(uid)
         manager._kv_cache.free(self._model.blocks_of.pop(sequence.tracking_id))
         manager._tracking_allocator.free(sequence.tracking_id)
+
+    def _announce(self, group: TensorGroup, uids: list[int], tokens: Sequence[Tensor]) -> None:
+        """Lets the other ranks do the same forward; visual rows go with a sequence's first part."""
+        visual = self._model.visual
+        rows = {
+            u: (visual[u].positions, visual[u].rows.cpu()) for u in uids if u in visual and u not in self._announced
+        }
+        self._announced.update(uids)
+        group.send((uids, list(tokens), rows))

@@ -19,6 +19,7 @@ from meddam_core.dam.config import LlmConfig
 from meddam_core.dam.model import Dam
 from meddam_core.engines.admission import PLACEHOLDER_ID
 from meddam_core.engines.mii.compat import MiiUnavailable, deepspeed_session
+from meddam_core.engines.mii.tensor_parallel import TensorGroup
 
 HEAD_SIZES = (64, 80, 96, 128)
 """Of DeepSpeed's rotary kernel (BlockedTrainedRotaryEmbeddings.supported_head_sizes)."""
@@ -84,7 +85,9 @@ def check_supported(
         raise MiiUnavailable(f"the compiled kernels do not fit: {'; '.join(problems)}. kernels='torch' works here")
 
 
-def build_ragged_engine(dam: Dam, kernels: str, limits: Limits, keep_weights: bool) -> Any:
+def build_ragged_engine(
+    dam: Dam, kernels: str, limits: Limits, keep_weights: bool, group: TensorGroup | None = None
+) -> Any:  # fmt: skip
     """A RaggedEngine with DAM's language model, which is empty afterwards unless it is kept (see weights.Handover)."""
     from deepspeed.inference import RaggedInferenceEngineConfig
 
@@ -95,19 +98,20 @@ def build_ragged_engine(dam: Dam, kernels: str, limits: Limits, keep_weights: bo
     device, dtype, llm = dam.device, dam.dtype, dam.config.llm
     with deepspeed_session(device, kernels):
         block_size = BLOCK_SIZE if kernels == "torch" else _compiled_block_size(llm.head_dim)
-        num_blocks = limits.num_blocks or _affordable_blocks(llm, dtype, device, block_size, limits)
+        num_blocks = limits.num_blocks or _affordable_blocks(llm, dtype, device, block_size, limits, group)
         config = RaggedInferenceEngineConfig(
+            tensor_parallel={"tp_size": 1 if group is None else group.size},
             state_manager={
                 "max_tracked_sequences": limits.max_sequences + _spare_atoms(kernels, limits),
                 "max_ragged_batch_size": limits.token_budget,
                 "max_ragged_sequence_count": _sequence_count(kernels, limits),
                 "max_context": limits.max_length,
                 "memory_config": {"mode": "allocate", "size": num_blocks},
-            }
+            },
         )
         model_config = fastgen_config(llm, dam.llm.vocab_size, limits.max_length, dtype)
         policy = DamPolicy(model_config, Handover(dam.llm, device=device, dtype=dtype, keep=keep_weights), kernels)
-        engine = RaggedEngine(policy, config)
+        engine = RaggedEngine(policy, config, group)
     _log.info(
         "FastGen is up: %s kernels, %d cache blocks of %d tokens, %d tokens a forward, %d sequences",
         kernels, num_blocks, block_size, limits.token_budget, limits.max_sequences,
@@ -142,9 +146,11 @@ def _sequence_count(kernels: str, limits: Limits) -> int:
 
 
 def _affordable_blocks(
-    llm: LlmConfig, dtype: torch.dtype, device: torch.device, block_size: int, limits: Limits
+    llm: LlmConfig, dtype: torch.dtype, device: torch.device, block_size: int, limits: Limits,
+    group: TensorGroup | None,
 ) -> int:  # fmt: skip
-    block_bytes = block_size * 2 * llm.num_layers * llm.num_kv_heads * llm.head_dim * dtype.itemsize
+    kv_heads = llm.num_kv_heads if group is None else max(1, llm.num_kv_heads // group.size)
+    block_bytes = block_size * 2 * llm.num_layers * kv_heads * llm.head_dim * dtype.itemsize
     usable = limits.max_sequences * -(-limits.max_length // block_size)
     budget = limits.cache_bytes
     if budget is None and device.type == "cuda":
@@ -157,8 +163,9 @@ def _affordable_blocks(
             f"{max(budget, 0) >> 20} MiB are left for keys and values, and one block of {block_size} tokens takes "
             f"{-(-block_bytes >> 20)} MiB: lower the number of sequences, or use a larger device"
         )
-    addressable = MAX_CACHE_ELEMENTS // (block_size * 2 * llm.num_kv_heads * llm.head_dim) - 1
-    return min(usable, budget // block_bytes, addressable)
+    addressable = MAX_CACHE_ELEMENTS // (block_size * 2 * kv_heads * llm.head_dim) - 1
+    num_blocks = min(usable, budget // block_bytes, addressable)
+    return num_blocks if group is None else group.smallest(num_blocks)
 
 
 @dataclass(frozen=True, slots=True)

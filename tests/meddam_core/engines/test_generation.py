@@ -24,9 +24,7 @@ def generation(stop: tuple[str, ...] = (), limit: int = 100) -> Generation:
         query="<image>",
         sampling=Sampling(max_new_tokens=limit, stop=stop),
     )
-    return Generation(
-        request, decode=letters, eos_ids={2, 3}, limit=limit, num_prompt_tokens=7, num_image_tokens=4
-    )
+    return Generation(request, decode=letters, eos_ids={2, 3}, limit=limit, num_prompt_tokens=7, num_image_tokens=4)
 
 
 def run(made: Generation, text: bytes, eos: int | None = 2) -> list[str]:
