@@ -29,7 +29,18 @@ from meddam_core.engines.loop import EngineLoop
 from meddam_core.focal import Aspect, FocalImage
 from meddam_core.imaging.render import render
 from meddam_core.prompts import Prompt
-from meddam_core.records import FinishReason, Image, Reason, Region, RegionCaption, RowError, Status
+from meddam_core.records import (
+    FinishReason,
+    Image,
+    Label,
+    Reason,
+    Region,
+    RegionCaption,
+    RowError,
+    Status,
+    region_id,
+)
+from meddam_core.regions.lesions import detect_lesions
 from meddam_core.regions.masks import region_prompt_mask
 
 
@@ -68,12 +79,15 @@ class RegionPreparer:
         return replace(get_recipe(image.recipe), **chosen)
 
     def prepare(self, image: Image) -> list[PreparedRegion]:
-        """One entry a region, in their order. Raises RowError when the image as a whole cannot be rendered."""
+        """One entry a region, in their order; of an image without any, those that its recipe's detector finds.
+
+        Raises RowError when the image as a whole cannot be rendered.
+        """
         recipe = self.recipe(image)
         image_HWC = render(image, window=recipe.window)
         focal = FocalImage(image_HWC, self.rules.size, recipe.aspect)
         prepared = []
-        for region in image.regions:
+        for region in image.regions or detected_regions(image, image_HWC, recipe):
             try:
                 mask_HW = region_prompt_mask(region, (image.width, image.height), recipe.margin, recipe.prompt)
                 views = focal.views(mask_HW)
@@ -82,6 +96,26 @@ class RegionPreparer:
             else:
                 prepared.append(PreparedRegion(region=region, views_N8SS=views[None]))
         return prepared
+
+
+def detected_regions(image: Image, image_HWC: NDArray[np.uint8], recipe: Recipe) -> list[Region]:
+    """What the recipe's detector finds in a rendered image; [] where it has none.
+
+    Each region takes over the image's labels, which may hold outside it: the label `roi` says how it was found, lesion,
+    central (nothing stood out) or whole (an extensive eruption).
+    """
+    if recipe.detector is None:
+        return []
+    return [
+        Region(
+            region_id=region_id(image.image_id, ordinal),
+            box=found.box,
+            source="detected",
+            confidence=found.confidence,
+            labels=[*image.labels, Label(name="roi", value=found.kind)],
+        )
+        for ordinal, found in enumerate(detect_lesions(image_HWC, recipe.max_regions))
+    ]
 
 
 class Captioner:

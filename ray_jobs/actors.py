@@ -129,7 +129,8 @@ class ExtractRegions:
             return _prepared_row(row, fault=error)
         assert prepared is not None
         views = [None if p.views_N8SS is None else p.views_N8SS.tobytes() for p in prepared]
-        return _prepared_row(row, views=views, faults=[p.error for p in prepared])
+        regions = [to_row(p.region) for p in prepared]  # the image's own, or what its recipe's detector found
+        return _prepared_row(row | {"regions": regions}, views=views, faults=[p.error for p in prepared])
 
 
 def _killed(row: dict[str, Any]) -> dict[str, Any]:

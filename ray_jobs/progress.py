@@ -63,8 +63,9 @@ def progress_line(totals: Totals, num_images: int, num_regions: int, elapsed_s: 
         return f"loading the model ({elapsed_s:.0f} s)"
     working_s = max(time.monotonic() - totals.first_report_s, 1e-6)
     rate = totals.num_regions / working_s
-    left = (num_regions - totals.num_regions) / rate if rate else 0.0
     share = totals.num_images / num_images if num_images else 1.0
+    expected = max(num_regions, totals.num_regions / share if share else 0)  # detected ones are in no shard's count
+    left = (expected - totals.num_regions) / rate if rate else 0.0
     parts = [
         f"{share:4.0%} {totals.num_images:,}/{num_images:,} images", f"{totals.num_regions:,} regions",
         f"{rate:.1f} regions/s", f"{duration(left)} left" if rate and share < 1 else "",
