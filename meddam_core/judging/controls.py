@@ -60,17 +60,21 @@ def shuffled_captions(
     seed: int = 0,
     min_trust: float = 0.5,
 ) -> dict[int, str]:
-    """Every caption given to another region of the same dataset and finding; one that is alone keeps its own."""
+    """The captions of each dataset and finding dealt out at random among its regions.
+
+    A region may get its own by chance: to forbid that would put guessing below the base rates.
+    """
     found = _truths(regions, library, min_trust)
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    groups: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     for region in regions:
         if region.region_id in captions:
-            finding = found[region.region_id][2] if region.region_id in found else ""
-            groups[region.dataset, finding].append(region.region_id)
+            known = found.get(region.region_id)
+            kind, finding = (known[0].id, known[2]) if known else (region.modality, "")
+            groups[region.dataset, kind, finding].append(region.region_id)
     shuffled: dict[int, str] = {}
     for name, members in sorted(groups.items()):
-        order = random.Random(f"{seed}:{name}").sample(members, len(members))
-        shuffled |= {a: captions[b] for a, b in zip(order, order[1:] + order[:1], strict=True)}
+        dealt = random.Random(f"{seed}:{name}").sample(members, len(members))
+        shuffled |= {a: captions[b] for a, b in zip(members, dealt, strict=True)}
     return shuffled
 
 
