@@ -13,23 +13,20 @@ Invariants:
 
 from __future__ import annotations
 
-import itertools
 import os
 import time
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 
 import torch
 
 from meddam_core.dam.model import Dam
-from meddam_core.engines.admission import Prompt, admit, refusal
-from meddam_core.engines.base import Delta, EngineStats, Request, Result
 from meddam_core.engines.decoder import LENGTH_STEP, Decoder, round_up
 from meddam_core.engines.faults import out_of_memory
-from meddam_core.engines.generation import Generation
+from meddam_core.engines.local_engine import LocalEngine
 from meddam_core.engines.sampling import choose_tokens
-from meddam_core.engines.vision import Pending, VisionQueue
-from meddam_core.records import Reason, RowError
+from meddam_core.engines.vision import Pending
+from meddam_core.records import Reason
 
 MAX_DEFAULT_BATCH = 128
 _TYPICAL_LENGTH = 512
@@ -37,7 +34,7 @@ _CACHE_SHARE = 0.25
 """Of the memory that is free when the engine starts, what the default batch may fill with keys and values."""
 
 
-class TorchEngine:
+class TorchEngine(LocalEngine):
     """An Engine; see meddam_core.engines.base.
 
     Args:
@@ -58,84 +55,14 @@ class TorchEngine:
         if max_batch is not None and max_batch < 1:
             raise ValueError(f"max_batch is {max_batch}; it must be at least 1")
         on_gpu = dam.device.type == "cuda"
-        self.stats = EngineStats()
-        self._config, self._tokenizer = dam.config, dam.tokenizer
+        super().__init__(dam, vision_batch=vision_batch or (64 if on_gpu else 16), eos_ids=eos_ids)
         self._decoder = Decoder(dam.llm)
-        self._vision = VisionQueue(dam, vision_batch or (64 if on_gpu else 16), self.stats)
         self._prefill_tokens = prefill_tokens or (16384 if on_gpu else 2048)
         self.max_batch = max_batch or _default_batch(self._decoder)
-        checkpoint_eos = dam.config.llm.eos_token_ids or (dam.tokenizer.eos_id,)
-        self._eos_ids = frozenset(checkpoint_eos if eos_ids is None else eos_ids)
-        self._uids = itertools.count()
-        self._uid_of: dict[str, int] = {}
-        self._generations: dict[int, Generation] = {}
         self._ready: deque[Pending] = deque()  # encoded, and put back for want of memory
         self._active: list[Pending] = []  # by slot
-        self._finished: dict[str, Result] = {}
-        self._reserved: set[str] = set()
-        self._closed = False
 
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._uid_of) + len(self._finished)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._check_open()
-        names = [r.request_id for r in requests]
-        taken = {n for n in names if n in self._uid_of or n in self._finished}
-        if taken or len(set(names)) < len(names):
-            raise ValueError(f"request ids are in flight already or repeated: {sorted(taken or set(names))[:3]}")
-        for request in requests:
-            self.stats.num_requests += 1
-            try:
-                prompt = admit(request, self._config, self._tokenizer)
-            except RowError as error:
-                self._finished[request.request_id] = refusal(request, error)
-                continue
-            self._queue(request, prompt)
-
-    def step(self) -> list[Result]:
-        self._advance()
-        ours = [name for name in self._finished if name not in self._reserved]
-        return [self._finished.pop(name) for name in ours]
-
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
-        self.submit(requests)
-        names = [r.request_id for r in requests]
-        self._reserved.update(names)
-        try:
-            while any(name not in self._finished for name in names):
-                self._advance()
-            return [self._finished.pop(name) for name in names]
-        finally:
-            self._reserved.difference_update(names)
-
-    def stream(self, request: Request) -> Iterator[Delta]:
-        self.submit([request])
-        name = request.request_id
-        self._reserved.add(name)
-        try:
-            uid = self._uid_of.get(name)
-            generation = None if uid is None else self._generations[uid]
-            while name not in self._finished:
-                self._advance()
-                text = "" if generation is None or name in self._finished else generation.delta()
-                if text:
-                    yield Delta(text=text)
-            failed = generation is None or generation.error is not None
-            rest = "" if failed or generation is None else generation.delta()
-            yield Delta(text=rest, result=self._finished.pop(name))
-        finally:
-            self._reserved.discard(name)
-            self.cancel(name)
-
-    def cancel(self, request_id: str) -> None:
-        self._finished.pop(request_id, None)
-        uid = self._uid_of.pop(request_id, None)
-        if uid is None:
-            return
-        del self._generations[uid]
-        self._vision.cancel(uid)
+    def _drop(self, uid: int) -> None:
         self._ready = deque(p for p in self._ready if p.uid != uid)
         for slot, pending in enumerate(self._active):
             if pending.uid == uid:
@@ -150,23 +77,8 @@ class TorchEngine:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
 
-    def _check_open(self) -> None:
-        if self._closed:
-            raise ValueError("this engine was closed")
-
-    def _queue(self, request: Request, prompt: Prompt) -> None:
-        uid = next(self._uids)
-        generation = Generation(
-            request, decode=self._tokenizer.decode, eos_ids=self._eos_ids, limit=prompt.num_new_tokens,
-            num_prompt_tokens=len(prompt.token_ids), num_image_tokens=len(prompt.visual_positions),
-        )  # fmt: skip
-        self._uid_of[request.request_id] = uid
-        self._generations[uid] = generation
-        self._vision.put(Pending(uid, prompt, generation))
-
-    def _advance(self) -> None:
+    def _work(self) -> None:
         """Refill the slots if that is worth a prefill, then one token for every active row."""
-        self._check_open()
         waiting, free = len(self._vision) + len(self._ready), self.max_batch - len(self._active)
         # One prefill for several free slots costs less than one for each; a lone request never waits for others.
         if waiting and free >= min(waiting, max(1, self.max_batch // 8)):
@@ -182,7 +94,7 @@ class TorchEngine:
         for _ in range(num):
             pending = self._ready.popleft() if self._ready else self._vision.take()
             if pending.generation.error is not None:
-                self._finish(pending)
+                self._finish(pending.uid)
             else:
                 groups[round_up(_length(pending), LENGTH_STEP)].append(pending)
         started = time.perf_counter()
@@ -264,7 +176,7 @@ class TorchEngine:
         for slot in reversed(ended):
             pending = self._active[slot]
             self._leave(slot)
-            self._finish(pending)
+            self._finish(pending.uid)
 
     def _leave(self, slot: int) -> None:
         """Empty a slot; the last row moves there."""
@@ -273,17 +185,9 @@ class TorchEngine:
         self._active[slot] = self._active[last]
         self._active.pop()
 
-    def _finish(self, pending: Pending) -> None:
-        generation = self._generations.pop(pending.uid)
-        name = generation.request.request_id
-        del self._uid_of[name]
-        self.stats.num_prompt_tokens += generation.num_prompt_tokens
-        self.stats.num_new_tokens += generation.num_chosen
-        self._finished[name] = generation.result()
-
     def _fail(self, pending: Pending) -> None:
         pending.generation.fail(Reason.OUT_OF_MEMORY, "the device has no memory left for a single caption")
-        self._finish(pending)
+        self._finish(pending.uid)
 
     def _note_out_of_memory(self, error: RuntimeError) -> None:
         """Count it and free what can be freed; any other error goes on up."""

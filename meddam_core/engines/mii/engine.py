@@ -12,16 +12,13 @@ Invariants:
 from __future__ import annotations
 
 import gc
-import itertools
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection
 
 import torch
 
 from meddam_core.dam.model import Dam
-from meddam_core.engines.admission import Prompt, admit, refusal
-from meddam_core.engines.base import Delta, EngineDied, EngineStats, Request, Result
-from meddam_core.engines.faults import lost_device
-from meddam_core.engines.generation import Generation
+from meddam_core.engines.admission import Prompt
+from meddam_core.engines.local_engine import LocalEngine
 from meddam_core.engines.mii import compat
 from meddam_core.engines.mii.startup import (
     Limits,
@@ -31,14 +28,13 @@ from meddam_core.engines.mii.startup import (
     logit_reference,
 )
 from meddam_core.engines.mii.tensor_parallel import join
-from meddam_core.engines.vision import Pending, VisionQueue
 from meddam_core.records import Reason, RowError
 
 GPU_SEQUENCES, GPU_TOKEN_BUDGET, GPU_VISION_BATCH = 256, 4096, 32
 CPU_SEQUENCES, CPU_TOKEN_BUDGET, CPU_VISION_BATCH = 64, 2048, 16
 
 
-class MiiEngine:
+class MiiEngine(LocalEngine):
     """An Engine; see meddam_core.engines.base.
 
     Args:
@@ -69,7 +65,6 @@ class MiiEngine:
         self.kernels = kernels or ("cuda" if on_gpu else "torch")
         if self.kernels not in ("cuda", "torch"):
             raise ValueError(f"kernels is {kernels!r}; choose cuda or torch")
-        self.stats = EngineStats()
         compat.check_versions()
         check_supported(dam.config.llm, dam.llm.vocab_size, dam.device, dam.dtype, self.kernels)
         compat.import_deepspeed()
@@ -79,7 +74,9 @@ class MiiEngine:
             load_ops()
         from meddam_core.engines.mii.scheduler import Scheduler
 
-        self._device, self._config, self._tokenizer = dam.device, dam.config, dam.tokenizer
+        super().__init__(
+            dam, vision_batch=vision_batch or (GPU_VISION_BATCH if on_gpu else CPU_VISION_BATCH), eos_ids=eos_ids
+        )
         limits = Limits(
             max_sequences=max_sequences or (GPU_SEQUENCES if on_gpu else CPU_SEQUENCES),
             token_budget=token_budget or (GPU_TOKEN_BUDGET if on_gpu else CPU_TOKEN_BUDGET),
@@ -96,11 +93,6 @@ class MiiEngine:
             self._ragged = build_ragged_engine(dam, self.kernels, limits, keep_weights, self._group)
             self.logit_difference = check_logits(self._ragged, reference, dam.dtype) if reference else None
             """The start-up check's largest relative difference; None if it was not made."""
-            self._vision = VisionQueue(
-                dam, vision_batch or (GPU_VISION_BATCH if on_gpu else CPU_VISION_BATCH), self.stats
-            )
-        checkpoint_eos = dam.config.llm.eos_token_ids or (dam.tokenizer.eos_id,)
-        self._eos_ids = frozenset(checkpoint_eos if eos_ids is None else eos_ids)
         self._max_sequences = limits.max_sequences
         self.scheduler = Scheduler(
             self._ragged, max_length=limits.max_length, stats=self.stats, launched=self._encode_ahead
@@ -110,82 +102,10 @@ class MiiEngine:
         """Cache blocks in all."""
         self.block_size: int = self._ragged._model.attn.kv_block_size
         """Tokens a cache block."""
-        self._uids = itertools.count()
-        self._uid_of: dict[str, int] = {}
-        self._generations: dict[int, Generation] = {}
-        self._finished: dict[str, Result] = {}
-        self._reserved: set[str] = set()
-        self._failure: BaseException | None = None
-
-    @property
-    def num_unfinished(self) -> int:
-        return len(self._uid_of) + len(self._finished)
-
-    def submit(self, requests: Sequence[Request]) -> None:
-        self._check_alive()
-        ids = [r.request_id for r in requests]
-        taken = {i for i in ids if i in self._uid_of or i in self._finished or ids.count(i) > 1}
-        if taken:
-            raise ValueError(f"request ids are in flight already: {', '.join(sorted(taken)[:3])}")
-        for request in requests:
-            self.stats.num_requests += 1
-            try:
-                prompt = admit(request, self._config, self._tokenizer)
-                self._check_fits_cache(prompt)
-            except RowError as error:
-                self._finished[request.request_id] = refusal(request, error)
-                continue
-            self._queue(request, prompt)
-
-    def step(self) -> list[Result]:
-        self._check_alive()
-        self._advance()
-        ours = [i for i in self._finished if i not in self._reserved]
-        return [self._finished.pop(i) for i in ours]
-
-    def generate(self, requests: Sequence[Request]) -> list[Result]:
-        self.submit(requests)
-        ids = [r.request_id for r in requests]
-        self._reserved.update(ids)
-        try:
-            while any(i not in self._finished for i in ids):
-                self._advance()
-            return [self._finished.pop(i) for i in ids]
-        finally:
-            self._reserved.difference_update(ids)
-
-    def stream(self, request: Request) -> Iterator[Delta]:
-        self.submit([request])
-        name = request.request_id
-        self._reserved.add(name)
-        try:
-            uid = self._uid_of.get(name)
-            generation = None if uid is None else self._generations[uid]
-            while name not in self._finished:
-                self._advance()
-                text = "" if generation is None or name in self._finished else generation.delta()
-                if text:
-                    yield Delta(text=text)
-            failed = generation is None or generation.error is not None
-            yield Delta(
-                text="" if failed or generation is None else generation.delta(), result=self._finished.pop(name)
-            )
-        finally:
-            self._reserved.discard(name)
-            self.cancel(name)
-
-    def cancel(self, request_id: str) -> None:
-        self._finished.pop(request_id, None)
-        uid = self._uid_of.pop(request_id, None)
-        if uid is not None and self._failure is None:
-            self._vision.cancel(uid)
-            self.scheduler.cancel(uid)
-            del self._generations[uid]
 
     def close(self) -> None:
         """Frees weights, cache and buffers. The process and other engines in it go on."""
-        if self._failure is None:
-            self._failure = RuntimeError("the engine was closed")
+        self._closed = True
         if self._group is not None:
             self._group.send(None)
             self._group.leave()
@@ -198,18 +118,7 @@ class MiiEngine:
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _queue(self, request: Request, prompt: Prompt) -> None:
-        uid = next(self._uids)
-        num_image_tokens = len(prompt.visual_positions)
-        generation = Generation(
-            request, decode=self._tokenizer.decode, eos_ids=self._eos_ids, limit=prompt.num_new_tokens,
-            num_prompt_tokens=len(prompt.token_ids), num_image_tokens=num_image_tokens,
-        )  # fmt: skip
-        self._uid_of[request.request_id] = uid
-        self._generations[uid] = generation
-        self._vision.put(Pending(uid, prompt, generation))
-
-    def _check_fits_cache(self, prompt: Prompt) -> None:
+    def _check_fits(self, prompt: Prompt) -> None:
         positions = len(prompt.token_ids) + prompt.num_new_tokens - 1
         needed = -(-positions // self.block_size)
         if needed > self.num_blocks:
@@ -219,24 +128,14 @@ class MiiEngine:
                 f"{self.num_blocks}",
             )
 
-    def _check_alive(self) -> None:
-        if self._failure is not None:
-            raise EngineDied(f"this engine cannot be used any more: {self._failure}") from self._failure
+    def _drop(self, uid: int) -> None:
+        self.scheduler.cancel(uid)
 
-    def _advance(self) -> None:
-        """One step of the machinery; what ended is in `_finished`."""
-        try:
-            with self._on_device():
-                self._admit()
-                ended = self.scheduler.step() if self.scheduler.num_active else []
-        except BaseException as error:
-            # half a forward may have happened: nothing that follows could be trusted
-            self._failure = error
-            if lost_device(error):
-                raise EngineDied(f"the CUDA context is lost: {error}") from error
-            raise
-        for uid in ended:
-            self._finish(uid)
+    def _work(self) -> None:
+        with self._on_device():
+            self._admit()
+            for uid in self.scheduler.step() if self.scheduler.num_active else []:
+                self._finish(uid)
 
     def _admit(self) -> None:
         from meddam_core.engines.mii.model import VisualRows
@@ -253,13 +152,6 @@ class MiiEngine:
         """Called while a forward runs on the device: the next views, so that a free place is filled at once."""
         if self._vision.overlaps and len(self._vision) and not self._vision.num_ready:
             self._vision.encode_batch()
-
-    def _finish(self, uid: int) -> None:
-        generation = self._generations.pop(uid)
-        del self._uid_of[generation.request.request_id]
-        self.stats.num_prompt_tokens += generation.num_prompt_tokens
-        self.stats.num_new_tokens += generation.num_chosen
-        self._finished[generation.request.request_id] = generation.result()
 
     def _on_device(self) -> torch.cuda.device:
         return torch.cuda.device(self._device if self._device.type == "cuda" else -1)

@@ -256,7 +256,7 @@ def test_close_frees_the_cache_and_ends_the_engine() -> None:
     engine.close()
     engine.close()
     assert [r() for r in kept] == [None, None]
-    with pytest.raises(EngineDied, match="closed"):
+    with pytest.raises(ValueError, match="was closed"):
         engine.submit([make_request(1)])
 
 
