@@ -91,7 +91,7 @@ class LidcIdri(Source):
         regions = [_region(nodule, i, k, frames if self.context_slices else []) for i, nodule in enumerate(nodules)]
         return SourceItem(
             key=f"{scan.series_uid}/{k}",
-            uri=f"{folder}#{k}#" + ",".join(f"{j}:{scan.slice_z_mm[j]!r}" for j in frames),
+            uri=f"{folder}#{k}#" + ",".join(f"{j}:{float(scan.slice_z_mm[j])!r}" for j in frames),
             regions=[region for region in regions if isinstance(region, SourceRegion)],
             problems=[region for region in regions if isinstance(region, Problem)],
             patient_id=scan.patient_id,

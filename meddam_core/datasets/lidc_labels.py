@@ -3,16 +3,17 @@
 | label                   | value                                                               | trust              |
 |-------------------------|---------------------------------------------------------------------|--------------------|
 | finding                 | nodule; mass where the longest diameter is above 30 mm              | who marked it, of 4 |
-| subtlety, margin, texture, sphericity, malignancy | median grade, 1 to 5: "4", "3.5"          | who agrees         |
-| lobulation, spiculation | median grade; undecided if that is low, but a reader saw some       | who agrees         |
+| subtlety, sphericity, margin, lobulation, spiculation, texture, malignancy | median grade, 1 to 5 | who agrees |
 | internalStructure       | soft tissue, fluid, fat, air: the mode; undecided in a tie          | who gave it        |
-| calcification           | popcorn ... central, absent: the mode; undecided as in both above   | who gave it        |
+| calcification           | popcorn ... central, absent: the mode; undecided in a tie           | who gave it        |
 | longest_diameter_mm     | median of the longest in-plane diameter                             | none               |
 | mean_diameter_mm        | median of the mean of the longest diameter and the one across it    | none               |
 
 Readers agree with a median of 4 and more by a grade of 4 or 5, with one of 2 and less by 1 or 2, with all between by 3;
-for texture and sphericity, whose grades are kinds, by the same grade. Scans of the first 399 cases: spiculation and
-lobulation have a trust of 0.25 at most, since about 100 of those were graded on other scales (TCIA's wiki).
+for texture and sphericity, whose grades are kinds, by the same grade. Two things hold trust below any use as truth:
+- lobulation, spiculation or calcification that most readers call absent, but one saw: 0.4 at most;
+- spiculation and lobulation in scans of the first 399 cases, about 100 of which were graded on other scales (TCIA's
+  wiki): 0.25 at most.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from meddam_core.records import Label
 MASS_MM = 30.0
 """A nodule is at most this long, a mass longer (Fleischner Society glossary)."""
 OTHER_SCALE_TRUST = 0.25
+DISPUTED_TRUST = 0.4
 NAMES: dict[str, tuple[str, ...]] = {
     "internalStructure": ("soft tissue", "fluid", "fat", "air"),
     "calcification": ("popcorn", "laminated", "solid", "non-central", "central", "absent"),
@@ -60,22 +62,21 @@ def nodule_labels(nodule: Nodule) -> list[Label]:
 def _named(name: str, grades: Sequence[int]) -> Label:
     found = modes(grades)
     value = NAMES[name][found[0] - 1]
-    seen_by_one = value == "absent" and len(set(grades)) > 1
     trust = grades.count(found[0]) / len(grades)
-    return Label(name=name, value=_UNDECIDED if len(found) > 1 or seen_by_one else value, trust=trust)
+    if value == "absent" and len(set(grades)) > 1:
+        trust = min(trust, DISPUTED_TRUST)
+    return Label(name=name, value=_UNDECIDED if len(found) > 1 else value, trust=trust)
 
 
 def _graded(nodule: Nodule, name: str, grades: Sequence[int]) -> Label:
     median = statistics.median(grades)
     agreeing = [g == median for g in grades] if name in _KINDS else [_side(g) == _side(median) for g in grades]
     trust = sum(agreeing) / len(grades)
-    value = f"{median:g}"
-    if name in _MUST_BE_UNANIMOUS:
-        if nodule.scan.is_from_initial:
-            trust = min(trust, OTHER_SCALE_TRUST)
-        if median <= 2 and max(grades) > 2:
-            value = _UNDECIDED
-    return Label(name=name, value=value, trust=trust)
+    if name in _MUST_BE_UNANIMOUS and median <= 2 and max(grades) > 2:
+        trust = min(trust, DISPUTED_TRUST)
+    if name in _MUST_BE_UNANIMOUS and nodule.scan.is_from_initial:
+        trust = min(trust, OTHER_SCALE_TRUST)
+    return Label(name=name, value=f"{median:g}", trust=trust)
 
 
 def _side(grade: float) -> int:
