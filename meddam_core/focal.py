@@ -80,12 +80,13 @@ class FocalImage:
     """
 
     def __init__(self, image_HWC: NDArray[np.uint8], size: int, aspect: Aspect = "stretch") -> None:
-        self.full_SSC = full_view(image_HWC, size, aspect)
+        _check_image(image_HWC)
         self._image_HWC = image_HWC
         self._size = size
         self._aspect = aspect
         # a crop of a grey picture is grey: one channel is cut out and resized
         self._pixels = np.ascontiguousarray(image_HWC[:, :, 0]) if _is_grey(image_HWC) else image_HWC
+        self.full_SSC = full_view(image_HWC, size, aspect) if aspect == "pad" else _stretched(self._pixels, size)
 
     def views(self, mask_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """(8, S, S) uint8 of one region, as `focal_views` gives them, with its errors."""
@@ -157,12 +158,10 @@ def _padded(mask_HW: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return padded
 
 
-def _stretched(image_HWC: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
-    """(S, S, 3). The channels are resized one by one, so a grey picture's first stands for all three."""
-    if _is_grey(image_HWC):
-        grey_SS = _bicubic(image_HWC[:, :, 0], size, size)
-        return np.repeat(grey_SS[:, :, None], 3, axis=2)
-    return _bicubic(image_HWC, size, size)
+def _stretched(pixels: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
+    """(S, S, 3) of a picture, or of one channel (H, W) of a grey one: PIL resizes channels one by one."""
+    resized = _bicubic(pixels, size, size)
+    return resized if resized.ndim == 3 else np.repeat(resized[:, :, None], 3, axis=2)
 
 
 def _binary(mask_HW: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -2,8 +2,7 @@
 
     shard row -> ExtractRegions (CPU: pixels to model input) -> DescribeRegions (GPU: captions) -> part row
 
-Between them a row carries its model input in `views` (one entry a region, uint8 bytes of (N, 8, S, S), null where the
-region could not be prepared) and the regions' faults in `faults`.
+Between them a row carries its model input in `views` (ray_jobs.views) and the regions' faults in `faults`.
 
 Invariants:
 - the only place where a row's exception is caught is `_guarded`; it becomes the row's status, reason and detail;
@@ -23,7 +22,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from meddam_core.captioner import Captioner, PreparedRegion, RegionPreparer, ViewRules, failed_caption
@@ -40,6 +38,7 @@ from meddam_core.records import (
     to_row,
 )
 from ray_jobs.monitor import RunStopped, Stage
+from ray_jobs.views import VIEWS_TYPE, Views, pack, unpack
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +50,7 @@ def prepared_schema() -> pa.Schema:
     """The row between the two actors: the image without its pixels, with what the engine needs."""
     schema = pa.schema([f for f in arrow_schema(Image) if f.name not in PIXEL_COLUMNS])
     for name, kind in (
-        ("views", pa.list_(pa.large_binary())), ("faults", pa.list_(_FAULT)), ("fault", _FAULT),
+        ("views", VIEWS_TYPE), ("faults", pa.list_(_FAULT)), ("fault", _FAULT),
     ):  # fmt: skip
         schema = schema.append(pa.field(name, kind))
     return schema
@@ -109,10 +108,8 @@ class ExtractRegions:
 
     def __init__(self, rules: ViewRules, monitor: Any) -> None:
         import cv2
-        import torch
 
-        torch.set_num_threads(1)  # one actor a core; libraries' own threads would fight over it
-        cv2.setNumThreads(1)
+        cv2.setNumThreads(1)  # one actor a core; the library's own threads would fight over it
         self._preparer = RegionPreparer(rules)
         self._ledger = _Ledger(monitor, "extract")
 
@@ -121,16 +118,20 @@ class ExtractRegions:
         done = self._ledger.work(
             rows, [r["image_id"] for r in rows], lambda some: [self._extract(r) for r in some], _killed
         )
-        return pa.Table.from_pylist(done, schema=prepared_schema())
+        views = pack([row.pop("views") for row in done])
+        schema = prepared_schema()
+        table = pa.Table.from_pylist(done, schema=schema.remove(schema.get_field_index("views")))
+        return table.append_column("views", views).select(schema.names)
 
     def _extract(self, row: dict[str, Any]) -> dict[str, Any]:
         prepared, error = _guarded(lambda: self._preparer.prepare(from_row(Image, row)), "preparing the image")
         if error is not None:
             return _prepared_row(row, fault=error)
         assert prepared is not None
-        views = [None if p.views_N8SS is None else p.views_N8SS.tobytes() for p in prepared]
         regions = [to_row(p.region) for p in prepared]  # the image's own, or what its recipe's detector found
-        return _prepared_row(row | {"regions": regions}, views=views, faults=[p.error for p in prepared])
+        return _prepared_row(
+            row | {"regions": regions}, views=[p.views_N8SS for p in prepared], faults=[p.error for p in prepared]
+        )
 
 
 def _killed(row: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +139,7 @@ def _killed(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _prepared_row(
-    row: dict[str, Any], views: Sequence[bytes | None] = (), faults: Sequence[RowError | None] = (),
+    row: dict[str, Any], views: Sequence[Views | None] = (), faults: Sequence[RowError | None] = (),
     fault: RowError | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     kept = {k: v for k, v in row.items() if k not in PIXEL_COLUMNS}
@@ -175,7 +176,7 @@ class DescribeRegions:
         self._report(first=True)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        views = _views_of(batch["views"], self._side)
+        views = unpack(batch["views"], self._side)
         rows = batch.drop_columns(["views"]).to_pylist()
         for row, row_views in zip(rows, views, strict=True):
             row["views"] = row_views
@@ -245,19 +246,6 @@ class DescribeRegions:
             )
         )  # fmt: skip
         return stop
-
-
-def _views_of(column: pa.ChunkedArray, side: int) -> list[list[Any]]:
-    """For each row its regions' (N, 8, S, S) arrays, without copying the bytes."""
-    views = []
-    for cell in column:
-        views.append(
-            [
-                np.frombuffer(v.as_buffer(), np.uint8).reshape(-1, 8, side, side) if v.is_valid else None
-                for v in (cell.values if cell.is_valid else ())
-            ]
-        )
-    return views
 
 
 def _regions(row: dict[str, Any]) -> list[PreparedRegion]:
