@@ -59,10 +59,13 @@ def make_engine(
 
 def _make_auto(folder: str, device: str, dtype: str, slots: int | None, kernels: str | None) -> tuple[Engine, str]:
     """mii on a GPU if it can serve there, otherwise torch, never silently."""
-    from meddam_core.engines.mii.compat import MiiUnavailable
+    from meddam_core.engines.mii.compat import MiiUnavailable, check_versions
+    from meddam_core.engines.mii.trial import run_trial
 
     try:
-        return _make_mii(folder, device, dtype, slots, kernels), "the start-up check passed"
+        check_versions()
+        run_trial(folder, device=device, dtype=dtype, kernels=kernels)
+        return _make_mii(folder, device, dtype, slots, kernels), "a trial of its kernels and the start-up check passed"
     except MiiUnavailable as error:
         why = f"mii cannot serve here, torch does: {error}"
     _log.warning("engine auto: %s", why)

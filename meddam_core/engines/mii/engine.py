@@ -62,16 +62,7 @@ class MiiEngine(LocalEngine):
         startup_check: bool = True, tp_size: int = 1,
     ) -> None:  # fmt: skip
         on_gpu = dam.device.type == "cuda"
-        self.kernels = kernels or ("cuda" if on_gpu else "torch")
-        if self.kernels not in ("cuda", "torch"):
-            raise ValueError(f"kernels is {kernels!r}; choose cuda or torch")
-        compat.check_versions()
-        check_supported(dam.config.llm, dam.llm.vocab_size, dam.device, dam.dtype, self.kernels)
-        compat.import_deepspeed()
-        if self.kernels == "cuda":
-            from meddam_core.engines.mii.ops import load_ops
-
-            load_ops()
+        self.kernels = load_kernels(dam, kernels)
         from meddam_core.engines.mii.scheduler import Scheduler
 
         super().__init__(
@@ -155,3 +146,18 @@ class MiiEngine(LocalEngine):
 
     def _on_device(self) -> torch.cuda.device:
         return torch.cuda.device(self._device if self._device.type == "cuda" else -1)
+
+
+def load_kernels(dam: Dam, kernels: str | None) -> str:
+    """Loads what serves this model; "cuda" or "torch", by the device if `kernels` is None. Raises MiiUnavailable."""
+    chosen = kernels or ("cuda" if dam.device.type == "cuda" else "torch")
+    if chosen not in ("cuda", "torch"):
+        raise ValueError(f"kernels is {kernels!r}; choose cuda or torch")
+    compat.check_versions()
+    check_supported(dam.config.llm, dam.llm.vocab_size, dam.device, dam.dtype, chosen)
+    compat.import_deepspeed()
+    if chosen == "cuda":
+        from meddam_core.engines.mii.ops import load_ops
+
+        load_ops()
+    return chosen

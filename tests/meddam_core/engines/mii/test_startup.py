@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import sysconfig
@@ -19,6 +20,7 @@ from meddam_core.engines.base import Sampling
 from meddam_core.engines.mii import compat, ops, startup
 from meddam_core.engines.mii.compat import MiiUnavailable
 from meddam_core.engines.mii.engine import MiiEngine
+from meddam_core.engines.mii.trial import run_trial, try_kernels
 from tests.meddam_core.engines.mii.conftest import CHECKPOINT, grouped_dam, make_request, oracle_dam
 
 
@@ -75,6 +77,32 @@ def test_auto_falls_back_loudly_and_mii_never_does(
     assert "mii cannot serve here" in caplog.text
     with pytest.raises(MiiUnavailable):
         make_engine("mii", str(CHECKPOINT), device="cuda", dtype="bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)", "ended by signal 11"),
+        ("import sys; sys.exit('the start-up check failed: x')", "failed: the start-up check failed: x"),
+        ("import time; time.sleep(600)", "did not end within 2 s"),
+    ],
+)
+def test_a_crash_or_hang_in_the_trial_is_a_reason(
+    script: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\nexec {sys.executable} -c {shlex.quote(script)}\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(python))
+    with pytest.raises(MiiUnavailable, match=message):
+        run_trial(CHECKPOINT, device="cuda", dtype="bfloat16", timeout_s=2)
+
+
+def test_the_trial_of_a_checkpoint() -> None:
+    run_trial(CHECKPOINT, device="cpu", dtype="float32")
+    assert try_kernels(CHECKPOINT, "cpu", "bfloat16", "torch") < 0.05
+    with pytest.raises(MiiUnavailable, match="failed: the compiled kernels do not fit"):
+        run_trial(CHECKPOINT, device="cpu", dtype="float32", kernels="cuda")
 
 
 def test_engines_by_name() -> None:
