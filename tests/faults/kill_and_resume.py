@@ -11,6 +11,7 @@ and the captions equal those of an undisturbed run. Everything is real: `python 
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import random
 import subprocess
@@ -129,6 +130,7 @@ def main(argv: list[str] | None = None) -> int:
 def _bucket(stack: ExitStack) -> str:
     from moto.server import ThreadedMotoServer
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     stack.callback(server.stop)
