@@ -25,6 +25,8 @@ from meddam_core.dam.llm import Layer, Llama, rotary_table
 
 LENGTH_STEP = 32
 """Lengths are rounded up to a multiple of this."""
+GROUP = 32
+"""Rows whose attention reads as far as the longest of them."""
 MIN_ROWS = 16
 """Fewer rows than this are padded: below it, matrix products take other paths and round differently."""
 
@@ -35,6 +37,9 @@ def round_up(value: int, step: int) -> int:
 
 Rotation = tuple[Tensor, Tensor]
 """cos and sin, each (..., H + K, E); the first half of sin is negated, so that a half-turn is a roll."""
+
+Span = tuple[slice, Tensor]
+"""Rows that attend equally far, and their bias (rows, 1, 1, L)."""
 
 
 class Decoder:
@@ -131,16 +136,27 @@ class Decoder:
         padding = [0] * (batch - num_active)
         x = self.llm.embed(torch.tensor([*tokens, *padding], device=self.device))
         rows, position = torch.arange(batch, device=self.device), self._next_position[:batch]
-        used = round_up(max(self._num_used[:num_active]) + 1, LENGTH_STEP)
         self._bias[rows, position] = 0.0
-        bias = self._bias[:batch, None, None, :used]
+        spans = [(cut, self._bias[cut, None, None, :used]) for cut, used in self._spans(num_active, batch)]
         rotation, places = self._rotation(position), self._places(rows, position)
         for layer, kv in zip(self._layers, self._kv, strict=True):
-            x = layer.step(x, rotation, kv, places, bias)
+            x = layer.step(x, rotation, kv, places, spans)
         logits = self._logits(x)[:num_active]
         self._next_position[:num_active] += 1
         self._num_used[:num_active] = [n + 1 for n in self._num_used[:num_active]]
         return logits
+
+    def _spans(self, num_active: int, batch: int) -> list[tuple[slice, int]]:
+        """Neighbouring rows that attend equally far, and how far: groups, joined where they agree."""
+        spans: list[tuple[slice, int]] = []
+        for first in range(0, num_active, GROUP):
+            end = min(first + GROUP, num_active)
+            used = round_up(max(self._num_used[first:end]) + 1, LENGTH_STEP)
+            start = first
+            if spans and spans[-1][1] == used:
+                start = spans.pop()[0].start
+            spans.append((slice(start, batch if end == num_active else end), used))
+        return spans
 
     def _rotation(self, position: Tensor) -> Rotation:
         """cos and signed sin of these positions, written out for every head: adding heads by broadcast is slow."""
@@ -156,17 +172,30 @@ class Decoder:
         return ((slot * self.config.num_kv_heads + head) * self.length + position[:, None]).flatten()
 
     @torch.inference_mode()
-    def remove(self, slot: int, last: int) -> None:
-        """Empty `slot`, and let the row in slot `last` continue there."""
-        if slot != last:
-            used = self._num_used[last]
-            self._kv[:, :, slot, :, :used] = self._kv[:, :, last, :, :used]
-            self._bias[slot] = self._bias[last]
-            self._next_position[slot] = self._next_position[last]
-            self._num_used[slot] = used
+    def remove(self, slot: int, num_active: int) -> list[tuple[int, int]]:
+        """Empty one of the first `num_active` slots; the moves (source, target), in order, that close the gap.
+
+        Rows are kept roughly from the longest to the shortest: each group of GROUP rows gives its longest to the group
+        before it, so a step's attention reads little more than what its rows have written.
+        """
+        moves, hole = [], slot
+        while (following := (hole // GROUP + 1) * GROUP) < num_active:
+            longest = max(range(following, min(following + GROUP, num_active)), key=self._num_used.__getitem__)
+            moves.append((longest, hole))
+            hole = longest
+        if hole != num_active - 1:
+            moves.append((num_active - 1, hole))
+        for source, target in moves:
+            used = self._num_used[source]
+            self._kv[:, :, target, :, :used] = self._kv[:, :, source, :, :used]
+            self._bias[target] = self._bias[source]
+            self._next_position[target] = self._next_position[source]
+            self._num_used[target] = used
+        last = num_active - 1
         self._next_position[last] = 0
         self._num_used[last] = 0
         self._bias[last] = float("-inf")
+        return moves
 
     def _logits(self, x_BD: Tensor) -> Tensor:
         return self.llm.logits(self.llm.model.norm(x_BD))
@@ -203,11 +232,11 @@ class _FusedLayer:
         attended = self._attend(q[rows, last], kv_2BKLE, bias)
         return self._rest(_padded(x_BLD[rows, last]), _padded(attended))
 
-    def step(self, x_BD: Tensor, rotation: Rotation, kv_2SKLE: Tensor, places: Tensor, bias: Tensor) -> Tensor:
+    def step(self, x_BD: Tensor, rotation: Rotation, kv_2SKLE: Tensor, places: Tensor, spans: Sequence[Span]) -> Tensor:
         q, k, v = self._project(x_BD, rotation)
         kv_2SKLE.view(-1, self._head_dim).index_copy_(0, places, torch.cat((k, v), dim=1).view(-1, self._head_dim))
-        batch, used = len(x_BD), bias.shape[-1]
-        return self._rest(x_BD, self._attend(q, kv_2SKLE[:, :batch, :, :used], bias))
+        attended = [self._attend(q[cut], kv_2SKLE[:, cut, :, : bias.shape[-1]], bias) for cut, bias in spans]
+        return self._rest(x_BD, attended[0] if len(attended) == 1 else torch.cat(attended))
 
     def _attend(self, q_BHE: Tensor, kv_2BKLE: Tensor, bias: Tensor) -> Tensor:
         """Attention of one position a row, (B, H * E)."""

@@ -179,10 +179,9 @@ class TorchEngine(LocalEngine):
             self._finish(pending.uid)
 
     def _leave(self, slot: int) -> None:
-        """Empty a slot; the last row moves there."""
-        last = len(self._active) - 1
-        self._decoder.remove(slot, last)
-        self._active[slot] = self._active[last]
+        """Empty a slot; other rows move up."""
+        for source, target in self._decoder.remove(slot, len(self._active)):
+            self._active[target] = self._active[source]
         self._active.pop()
 
     def _fail(self, pending: Pending) -> None:

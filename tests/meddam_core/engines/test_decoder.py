@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
-from meddam_core.engines.decoder import Decoder
+from meddam_core.engines.decoder import GROUP, Decoder
 from tests.meddam_core.dam.small import CONFIG, small_config, small_dam
 
 
@@ -37,7 +39,7 @@ def test_logits_of_the_plain_model(kv_heads: int) -> None:
                 hidden, _ = llm(embeds[i][None])
                 assert (llm.logits(hidden[0, -1]) - logits[i]).abs().max() < 2e-4
             if step == 3:
-                decoder.remove(1, 4)  # the last row continues in slot 1
+                assert decoder.remove(1, 5) == [(4, 1)]  # the last row continues in slot 1
                 embeds[1] = embeds.pop()
                 logits = torch.cat((logits[:1], logits[4:], logits[2:4]))
             tokens = logits.argmax(-1).tolist()
@@ -59,6 +61,29 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
         cut = slice(start, stop)
         assert torch.equal(other.prefill(ids[cut], positions[cut], rows[cut], 0), prefilled[cut])
         assert torch.equal(other.step(list(range(start, stop))), stepped[cut])
+
+
+def test_gaps_are_closed_and_the_longest_rows_stay_in_front() -> None:
+    """Removing rows of several groups leaves every other row's numbers as they were, in an order of groups."""
+    llm = small_dam().llm
+    ids, positions, rows = _prompts(90)
+    longest_first = sorted(range(90), key=lambda i: -len(ids[i]))
+    ids, positions, rows = ([values[i] for i in longest_first] for values in (ids, positions, rows))
+    decoder, alone = Decoder(llm), Decoder(llm)
+    decoder.reserve(90, 160)
+    alone.reserve(90, 160)
+    decoder.prefill(ids, positions, rows, 0)
+    alone.prefill(ids, positions, rows, 0)
+    active = list(range(90))
+    for slot in (70, 40, 5, 0, 84, 33, 2):
+        for source, target in decoder.remove(slot, len(active)):
+            active[target] = active[source]
+        active.pop()
+        lengths = [len(ids[i]) for i in active]
+        groups = [lengths[i : i + GROUP] for i in range(0, len(active), GROUP)]
+        assert all(min(front) >= max(back) for front, back in pairwise(groups))
+    assert len(set(active)) == 83
+    assert torch.equal(decoder.step(active), alone.step(list(range(90)))[active])
 
 
 def test_growing_keeps_what_is_cached() -> None:
