@@ -23,6 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from meddam_core.clips import clip_views
 from meddam_core.datasets.recipes import Recipe, get_recipe
 from meddam_core.engines.base import Request, Result, Sampling
 from meddam_core.engines.loop import EngineLoop
@@ -89,12 +90,15 @@ class RegionPreparer:
         prepared = []
         for region in image.regions or detected_regions(image, image_HWC, recipe):
             try:
-                mask_HW = region_prompt_mask(region, (image.width, image.height), recipe.margin, recipe.prompt)
-                views = focal.views(mask_HW)
+                if recipe.clip:
+                    views_N8SS = clip_views(image, region, recipe, self.rules.size)
+                else:
+                    mask_HW = region_prompt_mask(region, (image.width, image.height), recipe.margin, recipe.prompt)
+                    views_N8SS = focal.views(mask_HW)[None]
             except RowError as error:
                 prepared.append(PreparedRegion(region=region, views_N8SS=None, error=error))
             else:
-                prepared.append(PreparedRegion(region=region, views_N8SS=views[None]))
+                prepared.append(PreparedRegion(region=region, views_N8SS=views_N8SS))
         return prepared
 
 

@@ -1,4 +1,4 @@
-"""A region of a row with frames -> the model's input for a video prompt: eight frames, each with its full view and crop.
+"""A region of a row with frames -> the model's input for a video prompt: eight frames, a full view and a crop of each.
 
     views_N8SS = clip_views(image, region, recipe, size=384)        # for prompts with eight <image>, such as dam-video
 

@@ -102,6 +102,12 @@ def shard_facts(uri: str) -> ShardFacts:
     )
 
 
+def shard_recipes(uri: str) -> set[str]:
+    """The names of the recipes that a shard's rows have. Raises ValueError as `read_shard` does."""
+    with _opened(uri) as file:
+        return set(file.read(columns=["recipe"])["recipe"].unique().to_pylist())
+
+
 def shard_metadata(uri: str) -> dict[str, str] | None:
     """The `meddam.*` entries of a shard, from its footer; None where there is no such file. Raises as `read_shard`."""
     if not storage.exists(uri):

@@ -20,8 +20,10 @@ from numpy.typing import NDArray
 from meddam_core import __version__, storage
 from meddam_core.captioner import ViewRules
 from meddam_core.dam.config import read_config
+from meddam_core.datasets.recipes import get_recipe
 from meddam_core.prompts import Prompt, load_prompt
 from meddam_core.records import REGION_BITS, Status
+from meddam_core.shards import shard_recipes
 from ray_jobs.audit import Audit, images_in
 from ray_jobs.caption_config import Config
 from ray_jobs.captioners import CaptionerSpec
@@ -117,6 +119,7 @@ def open_run(cfg: Config, directory: RunDirectory, retry: bool) -> Plan:
     rules = ViewRules(size=size, aspect=cfg.aspect, margin=cfg.margin, window=cfg.window)  # type: ignore[arg-type]
     described = directory.read_json(RUN)
     now = snapshot(cfg.shards)
+    _check_views(prompts, now)
     then = directory.inputs() if described is not None else now
     if edits := changed(then, now):
         raise ValueError(_refusal(directory.uri, [f"inputs: {e}" for e in edits[:10]]))
@@ -167,12 +170,24 @@ def finish_summary(
 def _check(cfg: Config, prompts: tuple[Prompt, ...]) -> None:
     if len({p.id for p in prompts}) != len(prompts):
         raise ValueError(f"the same prompt is given twice: {', '.join(p.id for p in prompts)}")
-    if any(p.num_views != 1 for p in prompts):
-        raise ValueError("a video prompt (eight <image>) cannot describe pictures; choose another --prompt")
     if cfg.num_samples > 1 and cfg.temperature == 0:
         raise ValueError(
             "greedy captions of one region are all the same; give --temperature above 0 with --num-samples"
         )
+
+
+def _check_views(prompts: tuple[Prompt, ...], shards: list[InputShard]) -> None:
+    """Prompts for pictures go with pictures, video prompts with recipes that show clips. Looks at the first shard."""
+    clips = {get_recipe(name).clip for name in shard_recipes(shards[0].uri)}
+    video = {prompt.num_views != 1 for prompt in prompts}
+    if len(video | clips) == 1:
+        return
+    if True in clips:
+        raise ValueError("the shards' recipe shows regions as clips; choose a video prompt (--prompt dam-video)")
+    raise ValueError(
+        "a video prompt (eight <image>) cannot describe pictures; choose another --prompt, or shards whose recipe "
+        "shows clips (lidc-idri-clip)"
+    )
 
 
 def _fingerprint(
