@@ -41,7 +41,7 @@ class LocalEngine(ABC):
         self._finished: dict[str, Result] = {}
         self._reserved: set[str] = set()
         """Requests of `generate` and `stream` in progress; `step` does not return them."""
-        self._failure: BaseException | None = None
+        self._broken = False
         self._closed = False
 
     @property
@@ -103,7 +103,7 @@ class LocalEngine(ABC):
     def cancel(self, request_id: str) -> None:
         self._finished.pop(request_id, None)
         uid = self._uid_of.pop(request_id, None)
-        if uid is None or self._closed or self._failure is not None:
+        if uid is None or self._closed or self._broken:
             return
         del self._generations[uid]
         self._vision.cancel(uid)
@@ -127,19 +127,19 @@ class LocalEngine(ABC):
     def _check_usable(self) -> None:
         if self._closed:
             raise ValueError("this engine was closed")
-        if self._failure is not None:
-            raise EngineDied(f"this engine failed before: {self._failure}") from self._failure
+        if self._broken:
+            raise EngineDied("this engine failed in a step before; its state cannot be trusted")
 
     def _advance(self) -> None:
         self._check_usable()
+        self._broken = True  # half a step must not be built upon, however it ended
         try:
             self._work()
-        except BaseException as error:
-            # half a step may have happened: nothing that follows could be trusted
-            self._failure = error
+        except RuntimeError as error:
             if lost_device(error):
                 raise EngineDied(f"the CUDA context is lost: {error}") from error
             raise
+        self._broken = False
 
     def _queue(self, request: Request, prompt: Prompt) -> None:
         uid = next(self._uids)
