@@ -26,7 +26,7 @@ from pydantic import BaseModel
 from meddam_core import __version__
 from meddam_core.storage import explain
 from ray_jobs import audit, caption, caption_config, demo, describe, ingest, report
-from ray_jobs.ingest_config import SOURCES
+from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
 from ray_jobs.run_directory import RUN, RunDirectory

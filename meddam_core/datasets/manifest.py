@@ -14,7 +14,8 @@
 | frame            | which frame of a multi-frame file, from 0                                              |
 | box              | x0, y0, x1, y1 in pixels, half-open                                                    |
 | mask             | COCO run lengths, a polygon or polygons, or the path of a picture of the image's size  |
-| label, labels    | names that are present (CSV: by ";"), {name: value}, or [{name, value, trust}]         |
+| label, labels    | names that are present (CSV: by ";"), {name: value}, or [{name, value, trust}]; on a   |
+|                  | line without box and mask they are the whole image's                                   |
 | confidence       | of the region, 0 to 1                                                                  |
 | regions          | (JSONL) several regions on one line, each with box, mask, label, labels, confidence    |
 | split, modality, licence, patient_id, study_id | facts about the image                                    |
@@ -75,10 +76,11 @@ class Manifest(Source):
                 else:
                     groups.add(json.dumps([line.get("image"), line.get("frame")]), line)
             for name, lines in groups:
-                yield _broken() if name.startswith(_BROKEN) else _item(lines, root, groups)
+                yield _broken() if name.startswith(_BROKEN) else item_of(lines, root, groups)
 
 
-def _item(lines: list[dict[str, Any]], root: str, groups: Groups) -> SourceItem:
+def item_of(lines: list[dict[str, Any]], root: str, groups: Groups | None) -> SourceItem:
+    """The item of all lines of one image. `groups` knows which image owns an id; None where nothing else could."""
     first = lines[0]
     image, frame = first.get("image"), _number(first.get("frame"))
     if not isinstance(image, str) or not image:
@@ -86,7 +88,10 @@ def _item(lines: list[dict[str, Any]], root: str, groups: Groups) -> SourceItem:
     if first.get("frame") is not None and (frame is None or frame != int(frame)):
         return _broken("frame is not a whole number")
     regions, problems = _regions(lines, root)
-    if first.get("id") and not groups.claim(str(first["id"]), image):
+    labels = _image_labels(lines)
+    if labels is None:
+        problems = [*problems, _problem("labels are names, {name: value} or [{name, value, trust}]", None)]
+    if first.get("id") and groups is not None and not groups.claim(str(first["id"]), image):
         problems = [Problem(reason=Reason.DUPLICATE_ID, detail="another image of the manifest has the same id")]
     spacing = _numbers(first.get("pixel_spacing_mm"))
     return SourceItem(
@@ -94,6 +99,7 @@ def _item(lines: list[dict[str, Any]], root: str, groups: Groups) -> SourceItem:
         uri=resolve(image, root),
         frame=None if frame is None else int(frame),
         regions=regions,
+        labels=labels or [],
         split=_text(first.get("split")),
         patient_id=_text(first.get("patient_id")),
         study_id=_text(first.get("study_id")),
@@ -102,6 +108,18 @@ def _item(lines: list[dict[str, Any]], root: str, groups: Groups) -> SourceItem:
         pixel_spacing_mm=spacing if spacing and len(spacing) == 2 and min(spacing) > 0 else None,
         problems=problems,
     )
+
+
+def _image_labels(lines: list[dict[str, Any]]) -> list[Label] | None:
+    """Labels of lines that have no region: those of the whole image. None where they can't be read."""
+    labels: list[Label] = []
+    for line in lines:
+        if not _given_regions(line) and (line.get("labels") is not None or line.get("label") is not None):
+            found = labels_of(line.get("labels"), line.get("label"))
+            if found is None:
+                return None
+            labels += [label for label in found if label not in labels]
+    return labels
 
 
 def _regions(lines: list[dict[str, Any]], root: str) -> tuple[list[SourceRegion], list[Problem]]:

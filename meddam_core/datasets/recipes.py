@@ -25,6 +25,11 @@ regions, so both readings have a name):
 | lidc-idri-clip  | mask   | 0      | all     | lung   | none     | LIDC-IDRI, eight slices of each nodule |
 | skincon         | box    | 0.15   | 5       | -      | lesions  | SkinCon                        |
 | skincon-all     | box    | 0.15   | all     | -      | lesions  | the same, every region found   |
+| idrid           | box    | 0.15   | 5       | -      | none     | IDRiD, fundus photographs      |
+| idrid-all       | box    | 0.15   | all     | -      | none     | the same, every lesion         |
+| nuclei          | box    | 0.10   | 5       | -      | none     | PanNuke, NuInsSeg              |
+| nuclei-all      | box    | 0.10   | all     | -      | none     | the same, every cluster        |
+| slide-tile      | box    | 0      | all     | -      | none     | tiles of whole slides          |
 | coco            | box    | 0      | all     | -      | none     | COCO instances                 |
 | coco-mask       | mask   | 0      | all     | -      | none     | COCO instances, with masks     |
 | phantom-chest   | mask   | 0.10   | all     | header | none     | synthetic chest films          |
@@ -87,6 +92,11 @@ _RECIPES = (
     Recipe(name="lidc-idri-clip", prompt="mask", window="lung", clip=True),
     Recipe(name="skincon", margin=0.15, max_regions=PAPER_MAX_REGIONS, detector="lesions"),
     Recipe(name="skincon-all", margin=0.15, detector="lesions"),
+    Recipe(name="idrid", margin=0.15, max_regions=PAPER_MAX_REGIONS),
+    Recipe(name="idrid-all", margin=0.15),
+    Recipe(name="nuclei", margin=0.10, max_regions=PAPER_MAX_REGIONS),
+    Recipe(name="nuclei-all", margin=0.10),
+    Recipe(name="slide-tile"),
     Recipe(name="coco"),
     Recipe(name="coco-mask", prompt="mask"),
     Recipe(name="phantom-chest", prompt="mask", margin=0.10),

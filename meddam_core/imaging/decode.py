@@ -23,7 +23,7 @@ from meddam_core.imaging.limits import Limits, check_box, inflate
 from meddam_core.imaging.quiet import quiet
 from meddam_core.imaging.raster import FORMATS, decode_raster
 from meddam_core.imaging.sniff import Kind, sniff
-from meddam_core.imaging.volume import decode_nifti
+from meddam_core.imaging.volume import Volume, decode_nifti, open_nifti
 from meddam_core.records import Box, Reason, RowError
 
 _IMAGE_SUFFIXES = (
@@ -68,15 +68,37 @@ def read_identity(data: bytes, limits: Limits | None = None) -> Identity:
 
     Raises RowError, and nothing else: not_an_image for files of another kind, corrupt for broken ones.
     """
+    return identity(read_header(data, limits))
+
+
+def read_header(data: bytes, limits: Limits | None = None) -> Header:
+    """A DICOM file's header, for adapters that read references and geometry in it; the file's beginning is enough.
+
+    It holds everything, also the patient: nothing of it may go into a row but what is typed and known to be safe.
+    Raises RowError as `read_identity`.
+    """
     if data[128:132] != b"DICM":
         raise RowError(Reason.NOT_AN_IMAGE, "not a DICOM file")
     with quiet():
         try:
-            return identity(Header(open_dicom(data, limits or Limits()).dataset, 0))
+            return Header(open_dicom(data, limits or Limits()).dataset, 0)
         except RowError as error:
             raise RowError(error.reason, error.detail) from None
         except Exception as error:  # noqa: BLE001 - as in `decode`
             raise RowError(Reason.CORRUPT, f"the header is broken ({type(error).__name__})") from None
+
+
+def read_volume(data: bytes, limits: Limits | None = None) -> Volume:
+    """The NIfTI volume in .nii or .nii.gz bytes, in canonical orientation; for label maps. Raises RowError."""
+    if sniff(data) not in ("nifti", "gzip"):
+        raise RowError(Reason.NOT_AN_IMAGE, "not a NIfTI file")
+    with quiet():
+        try:
+            return open_nifti(data, limits or Limits())
+        except RowError as error:
+            raise RowError(error.reason, error.detail) from None
+        except Exception as error:  # noqa: BLE001 - as in `decode`
+            raise RowError(Reason.CORRUPT, f"the volume is broken ({type(error).__name__})") from None
 
 
 def _decode(data: bytes, kind: Kind, name: str, frame: int | None, box: Box | None, limits: Limits) -> Decoded:

@@ -102,7 +102,7 @@ def without_hairs(image_hwC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     dots = cv2.morphologyEx(grey, cv2.MORPH_BLACKHAT, _disc(max(2.0, side / 3)))
     thin = ((valleys > 12) & (dots > 8)).astype(np.uint8)
     dense = cv2.morphologyEx(cv2.morphologyEx(thin, cv2.MORPH_CLOSE, _disc(4)), cv2.MORPH_OPEN, _disc(6))
-    thin &= 1 - cv2.dilate(dense, _disc(2))  # lines this close together are a lesion's own surface: scales, crusts
+    thin[cv2.dilate(dense, _disc(2)) > 0] = 0  # lines this close together are a lesion's own surface: scales, crusts
     count, labels, stats, _ = cv2.connectedComponentsWithStats(thin, connectivity=8)
     spans = np.maximum(stats[:, cv2.CC_STAT_WIDTH], stats[:, cv2.CC_STAT_HEIGHT])
     depth = np.zeros(count, np.float32)
