@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from meddam_core.dam.config import COMPONENTS, DamConfig, component_folders, read_config
+from meddam_core.dam.architecture import DamConfig
+from meddam_core.dam.config import COMPONENTS, component_folders, read_config
 from meddam_core.dam.documents import documents
 from meddam_core.dam.model import Dam
 from meddam_core.dam.tokens import Tokenizer, read_tokenizer

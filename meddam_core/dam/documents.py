@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from meddam_core.dam.config import ContextConfig, DamConfig, LlmConfig, ViewConfig, VisionConfig
+from meddam_core.dam.architecture import ContextConfig, DamConfig, LlmConfig, ViewConfig, VisionConfig
 
 # NVlabs/describe-anything with VILA1.5-3B's parts: Sheared-LLaMA 2.7B and SigLIP so400m at 384 pixels.
 DAM_3B = DamConfig(

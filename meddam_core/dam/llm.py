@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddam_core.dam.activations import gated_silu
-from meddam_core.dam.config import LlmConfig
+from meddam_core.dam.architecture import LlmConfig
 
 KeyValue = tuple[Tensor, Tensor]
 """Rotated keys and values of one layer, each (B, K, P, E)."""

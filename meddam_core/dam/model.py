@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from meddam_core.dam.config import DamConfig, ViewConfig
+from meddam_core.dam.architecture import DamConfig, ViewConfig
 from meddam_core.dam.llm import Llama
 from meddam_core.dam.tokens import IMAGE_TOKEN_ID, Tokenizer
 from meddam_core.dam.vision import ContextProvider, Projector, VisionTower

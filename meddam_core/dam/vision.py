@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddam_core.dam.activations import gelu_tanh
-from meddam_core.dam.config import ContextConfig, DamConfig, VisionConfig
+from meddam_core.dam.architecture import ContextConfig, DamConfig, VisionConfig
 
 
 class _Mlp(nn.Module):
