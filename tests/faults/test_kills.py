@@ -76,9 +76,7 @@ def test_driver_killed_between_the_two_halves_of_a_commit(undisturbed: tuple[Job
 
 
 @pytest.mark.parametrize("victim", ["captioner", "extractor"])
-def test_an_actor_killed_at_work_is_replaced(
-    undisturbed: tuple[Job, pa.Table], tmp_path: Path, victim: Victim
-) -> None:
+def test_an_actor_killed_at_work_is_replaced(undisturbed: tuple[Job, pa.Table], tmp_path: Path, victim: Victim) -> None:
     job, table = undisturbed
     out = str(tmp_path / "run")
     assert _run_until(job, out, tmp_path / "log", _committed(out), victim) == 0, (tmp_path / "log").read_text()
