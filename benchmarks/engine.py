@@ -6,7 +6,7 @@
 Every region is encoded and decoded by both sides; end of sequence is ignored so that lengths are fixed. `even` captions
 have --new-tokens each, `uneven` ones 8 to 128. The roofline is the time per region if vision and prefill ran at the
 measured matrix rate and every decode step read weights and cache once at the measured copy bandwidth (bytes read plus
-bytes written); both are measured here, in the engine's dtype. Times are the best of --repeats.
+bytes written); both are measured here, in the engine's dtype. The sides take turns; times are the best of --repeats.
 """
 
 from __future__ import annotations
@@ -16,10 +16,12 @@ import json
 import os
 import platform
 import resource
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from meddam_core.dam.tokens import Tokenizer, read_tokenizer
 from meddam_core.engines.base import Engine, Request, Sampling
 from meddam_core.engines.torch_engine import TorchEngine
 
+LOOP = "generate loop"
 QUERY = "<image>\nDescribe the masked region in detail."
 UNEVEN = (8, 128)
 TINY_TOKENIZER = "tests/data/oracle/dam_tiny/checkpoint/llm"
@@ -59,6 +62,11 @@ class Run:
         return self.num_regions / self.wall_s
 
     @property
+    def language_s(self) -> float:
+        """Seconds a region for everything but vision."""
+        return (self.wall_s - self.vision_s) / self.num_regions
+
+    @property
     def tokens_per_s(self) -> float:
         return self.num_tokens / self.wall_s
 
@@ -76,18 +84,19 @@ def main() -> None:
     runs: list[Run] = []
     for batch in args.batch_sizes:
         engine = _make_engine(args.engine, dam, batch)
-        for lengths in ("even", "uneven"):
-            requests = make_requests(dam.config, max(args.regions, 4 * batch), lengths, args.new_tokens)
-            run = best_of(args.repeats, partial(run_engine, engine, requests, lengths, batch))
-            share = roofline_s(dam, requests, batch, copy_rate, matrix_rate) / run.wall_s
-            runs.append(_with(run, roofline_share=share))
-            _show(runs[-1])
+        num = max(args.regions, 4 * batch)
+        even, uneven = (make_requests(dam.config, num, lengths, args.new_tokens) for lengths in ("even", "uneven"))
+        sides = [partial(run_engine, engine, even, "even", batch), partial(run_engine, engine, uneven, "uneven", batch)]
+        if not args.no_reference:
+            loop = GenerateLoop(dam)
+            sides.append(partial(loop.run, even[: args.reference_regions], batch))
+        for run, requests in zip(best_of(args.repeats, sides), (even, uneven, even), strict=False):
+            if run.what != LOOP:
+                share = roofline_s(dam, requests, batch, copy_rate, matrix_rate) / run.wall_s
+                run = Run(**{**asdict(run), "roofline_share": share})
+            _show(run)
+            runs.append(run)
         engine.close()
-    if not args.no_reference:
-        loop = GenerateLoop(dam)
-        requests = make_requests(dam.config, args.reference_regions, "even", args.new_tokens)
-        runs.append(best_of(args.repeats, partial(loop.run, requests)))
-        _show(runs[-1])
     summarise(runs)
     if args.json:
         print(json.dumps([asdict(run) for run in runs]))
@@ -110,10 +119,13 @@ def make_requests(config: DamConfig, num: int, lengths: str, new_tokens: int) ->
     ]
 
 
-def best_of(repeats: int, run: Callable[[], Run]) -> Run:
-    """The fastest of `repeats` runs, after one that does not count."""
-    run()
-    return min((run() for _ in range(repeats)), key=lambda r: r.wall_s)
+def best_of(repeats: int, sides: Sequence[Callable[[], Run]]) -> list[Run]:
+    """The fastest of `repeats` runs of each side, in turns, so that a busy moment of the machine hits all of them.
+
+    A first round does not count.
+    """
+    rounds = [[side() for side in sides] for _ in range(repeats + 1)][1:]
+    return [min(runs, key=lambda run: run.wall_s) for runs in zip(*rounds, strict=True)]
 
 
 def run_engine(engine: Engine, requests: Sequence[Request], lengths: str, batch: int) -> Run:
@@ -154,7 +166,8 @@ class GenerateLoop:
         self._model = model.train(False).to(dam.device)
 
     @torch.inference_mode()
-    def run(self, requests: Sequence[Request]) -> Run:
+    def run(self, requests: Sequence[Request], batch: int) -> Run:
+        """`batch` only says which engine runs this one is to be compared with."""
         _reset_peak()
         vision_s, num_tokens = 0.0, 0
         started = time.perf_counter()
@@ -172,7 +185,7 @@ class GenerateLoop:
         wall_s = time.perf_counter() - started
         assert num_tokens == sum(r.sampling.max_new_tokens for r in requests)
         return Run(
-            what="generate loop", lengths="even", batch=1, num_regions=len(requests), num_tokens=num_tokens,
+            what=LOOP, lengths="even", batch=batch, num_regions=len(requests), num_tokens=num_tokens,
             wall_s=wall_s, vision_s=vision_s, decode_s=wall_s - vision_s, peak_bytes=_peak_bytes(),
         )  # fmt: skip
 
@@ -222,24 +235,29 @@ def _vision_flops(c: DamConfig) -> float:
 
 def summarise(runs: Sequence[Run]) -> None:
     """The ratios that the project's targets are about."""
-    loop = next((run for run in runs if run.what == "generate loop"), None)
-    even = {run.batch: run for run in runs if run.lengths == "even" and run is not loop}
-    uneven = {run.batch: run for run in runs if run.lengths == "uneven"}
-    for batch, run in even.items():
+    found = {(run.what == LOOP, run.lengths, run.batch): run for run in runs}
+    for batch in dict.fromkeys(run.batch for run in runs):
+        even, uneven, loop = (
+            found[False, "even", batch],
+            found[False, "uneven", batch],
+            found.get((True, "even", batch)),
+        )
         parts = [f"batch {batch}:"]
         if loop is not None:
-            parts.append(f"{run.regions_per_s / loop.regions_per_s:.1f}x the generate loop,")
-        parts.append(f"uneven lengths {uneven[batch].tokens_per_s / run.tokens_per_s:.2f} of the even token rate")
+            whole, language = even.regions_per_s / loop.regions_per_s, loop.language_s / even.language_s
+            parts.append(f"{whole:.1f}x the generate loop ({language:.1f}x without vision on either side),")
+        parts.append(f"uneven lengths at {uneven.tokens_per_s / even.tokens_per_s:.2f} of the even token rate")
         print(" ".join(parts))
 
 
 def _show(run: Run) -> None:
     host_s = run.wall_s - run.vision_s - run.prefill_s - run.decode_s
+    at_once = 1 if run.what == LOOP else run.batch
+    split = f"vision {run.vision_s:6.2f} prefill {run.prefill_s:6.2f} decode {run.decode_s:6.2f} host {host_s:5.2f} s"
     share = "" if run.roofline_share is None else f"  roofline {run.roofline_share:5.1%}"
     print(
-        f"{run.what:<16} batch {run.batch:>4} {run.lengths:<6} {run.num_regions:>5} regions  {run.regions_per_s:8.2f} "
-        f"regions/s {run.tokens_per_s:9.1f} tokens/s  vision {run.vision_s:6.2f} prefill {run.prefill_s:6.2f} decode "
-        f"{run.decode_s:6.2f} host {host_s:5.2f} s  peak {run.peak_bytes / 2**20:7.0f} MiB{share}",
+        f"{run.what:<14} {at_once:>4} at once, {run.lengths:<6} {run.num_regions:>5} regions {run.regions_per_s:8.2f} "
+        f"regions/s {run.tokens_per_s:9.1f} tokens/s  {split}  peak {run.peak_bytes / 2**20:7.0f} MiB{share}",
         flush=True,
     )
 
@@ -268,10 +286,6 @@ def _padded_tokenizer(tokenizer: Tokenizer, size: int) -> Tokenizer:
     return Tokenizer({**tokenizer.files, "tokenizer.model": proto.SerializeToString()})
 
 
-def _with(run: Run, **changes: Any) -> Run:
-    return Run(**{**asdict(run), **changes})
-
-
 def _fastest(action: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(8):
@@ -291,13 +305,18 @@ def _wait(device: torch.device) -> None:
 def _reset_peak() -> None:
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _peak_bytes() -> int:
-    """Of the GPU since the last reset; on a CPU, of the process since it started."""
+    """Of the GPU, or of the process's resident memory, since the last reset (on Linux; elsewhere since the start)."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _machine(device: torch.device) -> str:
