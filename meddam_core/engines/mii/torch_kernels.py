@@ -183,7 +183,8 @@ def _attend_group(q_THE: Tensor, new_T2KE: Tensor, cache: Tensor, group: Group, 
     if group.blocks_SB is None:
         kv = new_T2KE[rows].view(num_sequences, num_new, 2, num_kv_heads, head_size)
     else:
-        kv = cache.index_select(0, group.blocks_SB.flatten()).view(num_sequences, -1, 2, num_kv_heads, head_size)
+        flat = cache.view(cache.shape[0], -1).index_select(0, group.blocks_SB.flatten())
+        kv = flat.view(num_sequences, -1, 2, num_kv_heads, head_size)
     k_SKPE, v_SKPE = kv[:, :, 0].transpose(1, 2), kv[:, :, 1].transpose(1, 2)
     if num_new == 1 and group.blocks_SB is not None:
         # one query a sequence: the heads that share a key head are its rows
