@@ -94,6 +94,8 @@ class Reason(StrEnum):
     BAD_ANNOTATION = "bad_annotation"
     DUPLICATE_ID = "duplicate_id"
     NO_REGIONS = "no_regions"
+    EXCLUDED = "excluded"
+    """Left out on purpose: the dataset marks it so, or an option asks for it."""
     PROMPT_TOO_LONG = "prompt_too_long"
     OUT_OF_MEMORY = "out_of_memory"
     KILLED_PROCESS = "killed_process"

@@ -38,6 +38,7 @@ from pydantic import BaseModel, ConfigDict
 
 from meddam_core import storage
 from meddam_core.datasets.base import Source
+from meddam_core.datasets.prompted import Prompted
 from meddam_core.datasets.recipes import AUTO, get_recipe
 from meddam_core.datasets.rows import RowRules
 from meddam_core.imaging.deidentify import keyed_hash
@@ -45,6 +46,7 @@ from meddam_core.imaging.limits import Limits
 from meddam_core.records import SCHEMA_VERSION, Egress
 from ray_jobs.ingest_config import Config, LidcIdriConfig
 from ray_jobs.ingest_parts import IngestPart, PartCounts, write_parts
+from ray_jobs.ingest_splits import deal_splits
 from ray_jobs.lease import Lease
 from ray_jobs.region_table import RegionSummary, write_region_table
 from ray_jobs.session import session
@@ -115,7 +117,7 @@ def run(cfg: Config) -> Summary | RegionSummary:
     """
     if isinstance(cfg, LidcIdriConfig) and cfg.regions_only:
         return write_region_table(cfg)
-    source = cfg.source()
+    source = cfg.source() if cfg.segmenter is None else Prompted(inner=cfg.source(), segmenter=cfg.segmenter)
     storage.check_writable(cfg.out)
     secret = _secret(cfg)
     fingerprint = _fingerprint(cfg, source, secret)
@@ -124,9 +126,10 @@ def run(cfg: Config) -> Summary | RegionSummary:
         if done is not None:
             return done
         rules = _rules(cfg, source, secret)
-        num_parts = _begin(cfg, source, secret, fingerprint)
+        num_parts = _begin(cfg, source, secret, rules.image_secret, fingerprint)
         with session(cfg.num_cpus):
-            task = IngestPart(out=cfg.out, source=source, rules=rules, fingerprint=fingerprint)
+            splits = deal_splits(cfg, cfg.source(), rules, num_parts) if cfg.splits is not None else None
+            task = IngestPart(out=cfg.out, source=source, rules=rules, fingerprint=fingerprint, splits=splits)
             return _publish(cfg, rules, fingerprint, _shards(task, num_parts))
 
 
@@ -184,7 +187,7 @@ def _finished(cfg: Config, fingerprint: str) -> Summary | None:
     return Summary.model_validate_json(storage.read_bytes(finished)) if storage.exists(finished) else None
 
 
-def _begin(cfg: Config, source: Source, secret: bytes | None, fingerprint: str) -> int:
+def _begin(cfg: Config, source: Source, secret: bytes | None, salt: bytes, fingerprint: str) -> int:
     """Cuts the source into work parts, or finds them cut already, then notes the plan; returns how many parts.
 
     The plan comes second: a source that turns out to be wrong leaves nothing that a corrected one would collide with.
@@ -194,7 +197,7 @@ def _begin(cfg: Config, source: Source, secret: bytes | None, fingerprint: str) 
         found = json.loads(storage.read_bytes(uri))
         if found["fingerprint"] == fingerprint:
             return int(found["num_parts"])
-    number = write_parts(cfg.out, source.items(), cfg.images_per_shard, secret)
+    number = write_parts(cfg.out, source.items(), cfg.images_per_shard, secret, salt)
     if not number:
         raise ValueError("the source lists no image; check that its path is right")
     storage.write_bytes(uri, json.dumps({"num_parts": number, "fingerprint": fingerprint}).encode())

@@ -18,6 +18,7 @@ from meddam_core.datasets.phantoms import KINDS, Options, Phantoms
 from meddam_core.datasets.phantoms.scene import Kind
 from meddam_core.datasets.pydicom_samples import PydicomSamples
 from meddam_core.datasets.recipes import AUTO
+from meddam_core.datasets.splits import parse_shares
 from meddam_core.datasets.vindr_cxr import Boxes, Orientation, Split, VindrCxr
 from meddam_core.records import Egress
 from meddam_core.regions.fusion import MIN_OVERLAP
@@ -40,8 +41,12 @@ class Config(BaseModel):
     """Where pixels and captions may go: deny (nowhere outside the cluster), zero-retention, or open."""
     max_regions: int | None = Field(None, ge=1)
     """Regions an image, chosen with the seed and balanced over labels and places; by default the recipe's number."""
+    segmenter: str | None = None
+    """Folder of a SAM, SAM 2 or MedSAM checkpoint: regions that have a box but no mask get one from it."""
+    splits: str | None = None
+    """Deal all images new splits, such as train=0.8,test=0.2: one patient, one split; near-duplicates too."""
     seed: int = 0
-    """Of the choice of regions."""
+    """Of the choice of regions, and of the splits that are dealt."""
     pixels_cleared: bool = False
     """Somebody checked that no pixel names or shows a patient; otherwise photographs and the like are egress=deny."""
     images_per_shard: int = Field(256, ge=1, le=1 << 20)
@@ -52,6 +57,13 @@ class Config(BaseModel):
     """File with the secret for patient, study and image keys; by default the variable MEDDAM_SECRET."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
+
+    @field_validator("splits")
+    @classmethod
+    def _splits_are_shares(cls, text: str | None) -> str | None:
+        if text is not None:
+            parse_shares(text)
+        return text
 
     def source(self) -> Source:
         """The adapter. Raises ValueError for settings it cannot work with."""

@@ -23,13 +23,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from meddam_core import storage
 from meddam_core.datasets.base import Source, SourceItem
 from meddam_core.datasets.careful import Outcome, rows_in_children
+from meddam_core.datasets.npy_rows import NpyRows
 from meddam_core.datasets.rows import REJECTED_SCHEMA, Rejected, RowRules, rows_of
+from meddam_core.datasets.splits import number_of
 from meddam_core.imaging.deidentify import keyed_hash
 from meddam_core.records import Image, from_row
 from meddam_core.shards import shard_metadata, write_shard
@@ -39,7 +43,15 @@ COUNTS = "meddam.ingest_counts"
 MAX_DEATHS = 2
 """Tasks of a part that may vanish before its items are worked on in child processes."""
 
-_PART_SCHEMA = pa.schema([("ordinal", pa.int64()), ("item", pa.string()), ("data", pa.large_binary())])
+_PART_SCHEMA = pa.schema(
+    [
+        ("ordinal", pa.int64()),
+        ("item", pa.string()),
+        ("data", pa.large_binary()),
+        ("patient", pa.uint64()),  # keyed numbers, for dealing splits where no secret lets the hashes stay
+        ("study", pa.uint64()),
+    ]
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,13 +69,22 @@ class PartCounts:
     recipes: dict[str, int]
 
 
-def write_parts(out: str, items: Iterable[SourceItem], items_per_part: int, secret: bytes | None) -> int:
-    """Cuts the stream into part files; returns how many. Patient and study ids are hashed before they are written."""
+def write_parts(out: str, items: Iterable[SourceItem], items_per_part: int, secret: bytes | None, salt: bytes) -> int:
+    """Cuts the stream into part files; returns how many. Patient and study ids are hashed before they are written.
+
+    `salt` keys the numbers by which items of one patient are kept in one split; without a secret it is thrown away.
+    """
     number = 0
     for number, group in enumerate(_grouped(items, items_per_part), start=1):
         first = (number - 1) * items_per_part
         rows = [
-            {"ordinal": first + i, "item": json.dumps(_plain(_hashed(item, secret))), "data": item.data}
+            {
+                "ordinal": first + i,
+                "item": json.dumps(_plain(_hashed(item, secret))),
+                "data": item.data,
+                "patient": kept_together(salt, item.patient_id, item.patient_key),
+                "study": kept_together(salt, item.study_id, item.study_key),
+            }
             for i, item in enumerate(group)
         ]
         sink = io.BytesIO()
@@ -79,6 +100,21 @@ def read_part(out: str, part: int) -> Iterator[tuple[int, SourceItem]]:
         yield row["ordinal"], from_row(SourceItem, {**json.loads(row["item"]), "data": row["data"]})
 
 
+def read_groups(out: str, part: int) -> tuple[NDArray[np.uint64], NDArray[np.uint64]]:
+    """The keyed numbers of the patients and studies of a part's items; 0 where unknown."""
+    columns = ["patient", "study"]
+    table = pq.read_table(io.BytesIO(storage.read_bytes(part_uri(out, part))), columns=columns)
+    patients, studies = (np.asarray(table[name].to_numpy(), np.uint64) for name in columns)
+    return patients, studies
+
+
+def kept_together(salt: bytes, identifier: str | None, key: str | None = None) -> int:
+    """A number that stands for a patient or study; 0 where there is none."""
+    if identifier:
+        return number_of(keyed_hash(salt, f"split:{identifier}"))
+    return number_of(key) if key else 0
+
+
 def part_uri(out: str, part: int) -> str:
     """Where a part's items are."""
     return storage.join(out, "_work", f"part-{part:06d}.parquet")
@@ -90,6 +126,21 @@ def shard_uri(out: str, part: int) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Splits:
+    """The split that each item was dealt (ray_jobs.ingest_splits)."""
+
+    uri: str
+    """A .npy array of uint8, a row a part."""
+    names: tuple[str, ...]
+
+    def given(self, part: int, items: Iterator[tuple[int, SourceItem]]) -> Iterator[tuple[int, SourceItem]]:
+        """The items of a part, each with its split."""
+        row = NpyRows(self.uri).read(part)
+        for at, (ordinal, item) in enumerate(items):
+            yield ordinal, replace(item, split=self.names[int(row[at])])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class IngestPart:
     """Turns a part into a shard; a Ray task for each part."""
 
@@ -97,6 +148,8 @@ class IngestPart:
     source: Source
     rules: RowRules
     fingerprint: str
+    splits: Splits | None = None
+    """Where items were dealt splits of their own."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """{"id": part} -> {"counts": JSON of PartCounts}."""
@@ -117,6 +170,8 @@ class IngestPart:
         """Writes the shard, an item at a time; its rejects just before it appears. Returns the counts as JSON."""
         tally = _Tally(part)
         items = read_part(self.out, part)
+        if self.splits is not None:
+            items = self.splits.given(part, items)
         outcomes = rows_in_children(self.source, items, self.rules, part) if careful else self._outcomes(part, items)
 
         def metadata() -> dict[str, str]:
