@@ -226,7 +226,11 @@ def test_two_processes_on_one_node_do_not_meet() -> None:
             subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment)
             for _ in range(2)
         ]
-        printed = [process.communicate(timeout=120)[0] for process in running]
+        try:
+            printed = [process.communicate(timeout=600)[0] for process in running]
+        finally:
+            for process in running:
+                process.kill()
     assert printed[0] == printed[1] != ""
 
 

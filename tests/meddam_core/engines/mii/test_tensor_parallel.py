@@ -57,7 +57,7 @@ def test_two_ranks_make_the_captions_of_one() -> None:
         for rank in range(2)
     ]
     try:
-        printed = [rank.communicate(timeout=240)[0] for rank in ranks]
+        printed = [rank.communicate(timeout=600)[0] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
