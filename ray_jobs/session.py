@@ -38,6 +38,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         ray.init(address="auto", **common)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray leaves a token in the user's home
+        os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 s is too short on a busy machine
         if quiet:  # Ray's C++ side writes to the terminal past Python's logging
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
         ray.init(
