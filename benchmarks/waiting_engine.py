@@ -60,6 +60,4 @@ class WaitingEngine:
 
 def _result(request: Request) -> Result:
     text = f"region {zlib.crc32(request.views_N8SS[:, :, ::16, ::16].tobytes()):08x}"
-    return Result(
-        request_id=request.request_id, text=text, token_ids=(0,) * 8, mean_logprob=-1.0, finish_reason="stop"
-    )
+    return Result(request_id=request.request_id, text=text, token_ids=(0,) * 8, mean_logprob=-1.0, finish_reason="stop")

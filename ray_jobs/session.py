@@ -38,10 +38,9 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         ray.init(address="auto", **common)
     else:
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray leaves a token in the user's home
-        os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # 30 s is too short on a busy machine
         if quiet:  # Ray's C++ side writes to the terminal past Python's logging
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        ray.init(
+        _start(
             address="local", num_cpus=max(MIN_CPUS, num_cpus or os.cpu_count() or 1), include_dashboard=False,
             object_store_memory=object_store_bytes, **common,
         )  # fmt: skip
@@ -50,6 +49,21 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         yield
     finally:
         ray.shutdown()
+
+
+def _start(**settings: Any) -> None:
+    """ray.init, once more or twice where a busy machine took longer than the 30 s that Ray allows itself."""
+    import ray
+
+    for attempts_left in (2, 1, 0):
+        try:
+            ray.init(**settings)
+        except Exception as error:  # Ray has no type of its own for it
+            if not attempts_left or "timed out during startup" not in str(error):
+                raise
+            ray.shutdown()
+        else:
+            return
 
 
 def _quiet_ray_data(quiet: bool) -> None:

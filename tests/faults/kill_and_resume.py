@@ -75,13 +75,13 @@ def disturbed(job: Job, out: str, log: Path, rng: random.Random, kinds: tuple[Vi
     for _ in range(MAX_STARTS):
         process = job.start(out, log)
         started = time.monotonic()
-        moment, victim = rng.uniform(0.3, 1.0) * span_s, rng.choice(kinds)
+        moment, victim = rng.uniform(0.1, 0.6) * span_s, rng.choice(kinds)
         while process.poll() is None:
             alive = victims(process.pid, victim) if time.monotonic() - started > moment else []
             if alive and len(story) < KILLS_A_ROUND:
                 kill(rng.choice(alive))
                 story.append(f"{victim} after {time.monotonic() - started:.1f} s")
-                moment, victim = time.monotonic() - started + rng.uniform(0.05, 0.4) * span_s, rng.choice(kinds)
+                moment, victim = time.monotonic() - started + rng.uniform(0.02, 0.2) * span_s, rng.choice(kinds)
             time.sleep(0.02)
         if process.returncode == 0:
             return story

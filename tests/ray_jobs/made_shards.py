@@ -34,9 +34,7 @@ def png(image_HWC: NDArray[np.uint8]) -> bytes:
     return sink.getvalue()
 
 
-def _image(
-    shard: int, row: int, seed: int, side_px: int, pixels: Callable[[int], NDArray[np.uint8]] | None
-) -> Image:
+def _image(shard: int, row: int, seed: int, side_px: int, pixels: Callable[[int], NDArray[np.uint8]] | None) -> Image:
     ident = image_id(shard, row)
     rng = np.random.default_rng([seed, shard, row])
     tile = rng.integers(0, 255, (side_px // 8, side_px // 8, 3), np.uint8)
