@@ -195,7 +195,9 @@ def load_segmenter(folder: str, device: str = "cpu", dtype: str = "float32") -> 
 
     kind: Any = transformers.SamModel if family == "sam" else transformers.Sam2Model
     model = kind.from_pretrained(path, local_files_only=True, dtype=getattr(torch, dtype)).to(device).eval()
-    side = int(model.config.vision_config.image_size if family == "sam" else model.config.prompt_encoder_config.image_size)
+    side = int(
+        model.config.vision_config.image_size if family == "sam" else model.config.prompt_encoder_config.image_size
+    )
     return PromptableModel(model, _preparation(family, side, _json(path / "preprocessor_config.json") or {}))
 
 

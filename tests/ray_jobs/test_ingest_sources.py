@@ -169,7 +169,7 @@ def test_splits_are_dealt_by_patient_and_look_and_survive_a_resume(tmp_path: Pat
         ManifestConfig(path="x.csv", out="y", splits="train=0.6,test=0.6")
 
 
-def test_boxes_get_masks_from_a_prompwrittenmodel(tmp_path: Path) -> None:
+def test_boxes_get_masks_from_a_promptable_model(tmp_path: Path) -> None:
     folder = make_sam(tmp_path / "sam")
     picture = np.kron(np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8), np.ones((9, 9, 1), np.uint8))
     miniatures.save(tmp_path / "a.png", picture)
