@@ -6,7 +6,7 @@ buffer, of which the module's own parameters become views, so nothing is held tw
 
 Invariants:
 - float32 on the CPU: a row's numbers do not depend on the rows beside it. Matrix products round differently below 16
-  rows and attention at lengths that are not a multiple of 32, so rows and lengths are padded to that.
+  rows and attention at lengths that are not a multiple of 16, so rows and lengths are padded to that.
 - Columns a row has not written are masked by -inf, never read.
 
 Axes: B rows, L positions, D hidden size, V vocabulary, H heads, K key-value heads, E head size.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from meddam_core.dam.activations import gated_silu
 from meddam_core.dam.llm import Layer, Llama, rotary_table
 
-LENGTH_STEP = 32
+LENGTH_STEP = 16
 """Lengths are rounded up to a multiple of this."""
 GROUP = 32
 """Rows whose attention reads as far as the longest of them."""
@@ -175,23 +175,25 @@ class Decoder:
     def remove(self, slot: int, num_active: int) -> list[tuple[int, int]]:
         """Empty one of the first `num_active` slots; the moves (source, target), in order, that close the gap.
 
-        Rows are kept roughly from the longest to the shortest: each group of GROUP rows gives its longest to the group
-        before it, so a step's attention reads little more than what its rows have written.
+        Rows are kept roughly from the longest to the shortest, so a step's attention reads little more than what its
+        rows have written: unless the last row is about as long as the one that leaves, each group of GROUP rows gives
+        its longest to the group before it.
         """
-        moves, hole = [], slot
-        while (following := (hole // GROUP + 1) * GROUP) < num_active:
+        moves, hole, last = [], slot, num_active - 1
+        while (following := (hole // GROUP + 1) * GROUP) <= last:
+            if self._num_used[hole] - self._num_used[last] < LENGTH_STEP:
+                break
             longest = max(range(following, min(following + GROUP, num_active)), key=self._num_used.__getitem__)
             moves.append((longest, hole))
             hole = longest
-        if hole != num_active - 1:
-            moves.append((num_active - 1, hole))
+        if hole != last:
+            moves.append((last, hole))
         for source, target in moves:
             used = self._num_used[source]
             self._kv[:, :, target, :, :used] = self._kv[:, :, source, :, :used]
             self._bias[target] = self._bias[source]
             self._next_position[target] = self._next_position[source]
             self._num_used[target] = used
-        last = num_active - 1
         self._next_position[last] = 0
         self._num_used[last] = 0
         self._bias[last] = float("-inf")
@@ -270,6 +272,11 @@ def _padded(x_BD: Tensor) -> Tensor:
 
 def _side_by_side(linears: Sequence[nn.Linear]) -> Tensor:
     """One weight with the rows of all; the layers' own parameters become views of it."""
+    wrapped = {type(linear).__name__ for linear in linears if type(linear) is not nn.Linear}
+    if wrapped:
+        raise ValueError(
+            f"the language model's layers are wrapped in {wrapped}; merge adapters before making an engine"
+        )
     fused = torch.cat([linear.weight.detach() for linear in linears])
     start = 0
     for linear in linears:

@@ -17,6 +17,7 @@ import os
 import time
 from collections import defaultdict, deque
 from collections.abc import Collection
+from pathlib import Path
 
 import torch
 
@@ -206,6 +207,14 @@ def _default_batch(decoder: Decoder) -> int:
     if decoder.device.type == "cuda":
         free_bytes = torch.cuda.mem_get_info(decoder.device)[0]
     else:
-        free_bytes = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        free_bytes = _available_bytes()
     fits = int(_CACHE_SHARE * free_bytes) // (decoder.bytes_per_position * _TYPICAL_LENGTH)
     return max(1, min(MAX_DEFAULT_BATCH, fits))
+
+
+def _available_bytes() -> int:
+    """Memory of the host that can be had without swapping; pages that only cache files count as free."""
+    info = Path("/proc/meminfo")
+    if info.is_file():
+        return int(info.read_text().partition("MemAvailable:")[2].split()[0]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2

@@ -7,7 +7,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from meddam_core.engines.decoder import GROUP, Decoder
+from meddam_core.engines.decoder import GROUP, LENGTH_STEP, Decoder
 from tests.meddam_core.dam.small import CONFIG, small_config, small_dam
 
 
@@ -15,7 +15,7 @@ def _prompts(num: int, seed: int = 0) -> tuple[list[list[int]], list[list[int]],
     rng = torch.Generator().manual_seed(seed)
     ids, positions, rows = [], [], []
     for _ in range(num):
-        length = int(torch.randint(33, 65, (), generator=rng))  # all round up to 64
+        length = int(torch.randint(49, 65, (), generator=rng))  # all round up to 64
         ids.append(torch.randint(3, 1000, (length,), generator=rng).tolist())
         positions.append([5, 6, 7, length - 2])
         rows.append(torch.randn(4, CONFIG.llm.hidden_size, generator=rng))
@@ -64,25 +64,27 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 
 def test_gaps_are_closed_and_the_longest_rows_stay_in_front() -> None:
-    """Removing rows of several groups leaves every other row's numbers as they were, in an order of groups."""
+    """Removing rows of several groups leaves every other row's numbers as they were, long groups before short ones."""
     llm = small_dam().llm
-    ids, positions, rows = _prompts(90)
-    longest_first = sorted(range(90), key=lambda i: -len(ids[i]))
-    ids, positions, rows = ([values[i] for i in longest_first] for values in (ids, positions, rows))
+    short = _prompts(50)
+    long = _prompts(40, seed=1)
+    long = [row + row[:40] for row in long[0]], long[1], long[2]
+    ids = [*long[0], *short[0]]
     decoder, alone = Decoder(llm), Decoder(llm)
-    decoder.reserve(90, 160)
-    alone.reserve(90, 160)
-    decoder.prefill(ids, positions, rows, 0)
-    alone.prefill(ids, positions, rows, 0)
+    for each in (decoder, alone):
+        each.reserve(90, 160)
+        each.prefill(*long, 0)
+        each.prefill(*short, 40)
     active = list(range(90))
-    for slot in (70, 40, 5, 0, 84, 33, 2):
+    for slot in (70, 38, 5, 0, 84, 33, 2, 1, 3):
         for source, target in decoder.remove(slot, len(active)):
             active[target] = active[source]
         active.pop()
         lengths = [len(ids[i]) for i in active]
         groups = [lengths[i : i + GROUP] for i in range(0, len(active), GROUP)]
-        assert all(min(front) >= max(back) for front, back in pairwise(groups))
-    assert len(set(active)) == 83
+        assert all(min(front) > max(back) - LENGTH_STEP for front, back in pairwise(groups))
+    assert sum(i < 40 for i in active[:GROUP]) == GROUP, "the first group holds long rows only"
+    assert len(set(active)) == 81
     assert torch.equal(decoder.step(active), alone.step(list(range(90)))[active])
 
 
@@ -95,7 +97,7 @@ def test_growing_keeps_what_is_cached() -> None:
     for decoder in (small, large):
         decoder.prefill(ids, positions, rows, 0)
     small.reserve(40, 200)
-    assert (small.num_slots, small.length) == (48, 224)
+    assert (small.num_slots, small.length) == (48, 208)
     assert torch.equal(small.step([1, 2, 3]), large.step([1, 2, 3]))
     small.release()
     assert small.num_slots == 0
@@ -111,3 +113,13 @@ def test_the_fused_weights_are_the_models_own() -> None:
     storages = {p.weight.untyped_storage().data_ptr() for p in (attention.q_proj, attention.k_proj, attention.v_proj)}
     assert len(storages) == 1
     assert decoder.bytes_per_position == 2 * 2 * 2 * 8 * 4
+
+
+def test_unmerged_adapters_are_not_left_out_silently() -> None:
+    class Adapted(torch.nn.Linear):
+        pass
+
+    llm = small_dam().llm
+    llm.layers()[1].mlp.up_proj = Adapted(48, 80, bias=False)
+    with pytest.raises(ValueError, match=r"wrapped in \{'Adapted'\}; merge adapters"):
+        Decoder(llm)
