@@ -31,7 +31,7 @@ from meddam_core.datasets.tables import files_below, names_digest, relative
 from meddam_core.imaging.decode import decode, read_header
 from meddam_core.imaging.dicom_header import Header
 from meddam_core.imaging.limits import Limits
-from meddam_core.records import Egress, Label, Reason, RowError
+from meddam_core.records import Egress, Label, Reason, Rle, RowError
 from meddam_core.regions.contours import area_of_contours, mask_of_contours
 from meddam_core.regions.masks import rle_of
 
@@ -109,7 +109,7 @@ class _Place:
     """Number of the segment or structure within its object."""
     area: float = 0.0
     labels: list[dict[str, Any]] = field(default_factory=list)
-    mask_HW: NDArray[np.uint8] | None = None
+    mask: Rle | None = None
     contours: list[NDArray[np.float64]] = field(default_factory=list)
     size: tuple[int, int] = (0, 0)
     problem: RowError | None = None
@@ -119,8 +119,8 @@ class _Place:
         """As it is kept until all objects are read."""
         if self.problem is not None:
             return {"reason": self.problem.reason.value, "detail": self.problem.detail}
-        mask_HW = self.mask_HW if self.mask_HW is not None else mask_of_contours(self.contours, self.size)
-        return {"segmentation": asdict(rle_of(mask_HW)), "labels": self.labels}
+        mask = self.mask or rle_of(mask_of_contours(self.contours, self.size))
+        return {"segmentation": asdict(mask), "labels": self.labels}
 
 
 def _item(key: str, uri: str, frame: int | None, values: list[dict[str, Any]]) -> SourceItem:
@@ -173,7 +173,7 @@ def _segments(data: bytes, header: Header, index: DicomIndex) -> list[_Place]:
         group, problem = _image_of_frame(frame, index, (picture.width, picture.height))
         places += [
             _Place(
-                group=group, owner=n, area=float(m.sum()), labels=labels.get(n, []), mask_HW=m.astype(np.uint8),
+                group=group, owner=n, area=float(m.sum()), labels=labels.get(n, []), mask=rle_of(m.astype(np.uint8)),
                 problem=problem,
             )
             for n, m in masks
