@@ -21,7 +21,7 @@ from meddam_core.engines.mii.engine import MiiEngine
 from meddam_core.engines.mii.tensor_parallel import follow
 from tests.meddam_core.engines.mii.test_tensor_parallel import the_dam, the_requests
 if os.environ["RANK"] == "0":
-    engine = MiiEngine(the_dam(), tp_size=2, token_budget=80, num_blocks=26)
+    engine = MiiEngine(the_dam(), tp_size=2, token_budget=200, num_blocks=20)
     found = [r.token_ids for r in engine.generate(the_requests())]
     assert engine.scheduler.counts.num_preemptions > 0
     assert engine.scheduler.num_free_blocks == engine.num_blocks
@@ -39,9 +39,10 @@ def the_dam():  # type: ignore[no-untyped-def]
 
 
 def the_requests():  # type: ignore[no-untyped-def]
-    return [make_request(i, Sampling(max_new_tokens=40, temperature=0.5 * (i % 2), seed=i)) for i in range(4)]
+    return [make_request(i, Sampling(max_new_tokens=26, temperature=0.5 * (i % 2), seed=i)) for i in range(3)]
 
 
+@pytest.mark.slow
 def test_two_ranks_make_the_captions_of_one() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +58,9 @@ def test_two_ranks_make_the_captions_of_one() -> None:
         for rank in range(2)
     ]
     try:
-        printed = [rank.communicate(timeout=600)[0] for rank in ranks]
+        printed = [ranks[0].communicate(timeout=600)[0]]
+        assert ranks[0].returncode == 0  # otherwise the other would wait for it
+        printed.append(ranks[1].communicate(timeout=60)[0])
     finally:
         for rank in ranks:
             rank.kill()
