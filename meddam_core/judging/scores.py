@@ -120,7 +120,7 @@ def make_sheet(
 ) -> Sheet:
     """Tallies verdicts; only of `datasets` where given. A region's questions may come in any order."""
     rows = [j for j in judged if datasets is None or j.question.dataset in datasets]
-    recognised = {(j.question.region_id, j.caption): j.verdict for j in rows if j.question.polarity == "recognition"}
+    recognised = {_gate_key(j): j.verdict for j in rows if j.question.polarity == "recognition"}
     unscored: dict[str, int] = {}
     cells: dict[tuple[tuple[str, str], Stratum], list[float]] = {}
     asked = hedged = 0
@@ -130,7 +130,7 @@ def make_sheet(
             continue
         asked += 1
         hedged += verdict.hedged
-        gate = recognised.get((question.region_id, row.caption)) if strict else None
+        gate = recognised.get(_gate_key(row)) if strict else None
         missing = next((v for v in (verdict, gate) if v is not None and v.outcome == "unscored"), None)
         if missing is not None:
             reason = str(missing.reason)
@@ -141,6 +141,11 @@ def make_sheet(
         cell[0] += right
         cell[1] += 1
     return _sheet(cells, unscored, asked, hedged)
+
+
+def _gate_key(row: Judged) -> tuple[str, int, str]:
+    """Which recognition question gates a row: region ids are unique within a dataset only."""
+    return row.question.dataset, row.question.region_id, row.caption
 
 
 def _right(question: Question, verdict: Verdict, gate: Verdict | None, strict: bool) -> bool:
@@ -255,17 +260,21 @@ def compare(
 
     Raises ValueError when the two have no judged question in common.
     """
-    judged = [{j.question.question_id for j in rows if j.verdict.choice is not None} for rows in (first, second)]
+    judged = [{_question_key(j) for j in rows if j.verdict.choice is not None} for rows in (first, second)]
     shared = judged[0] & judged[1]
     if not shared:
         raise ValueError("the two systems have no judged question in common")
-    kept = [[j for j in rows if j.question.question_id in shared] for rows in (first, second)]
+    kept = [[j for j in rows if _question_key(j) in shared] for rows in (first, second)]
     sheets = [make_sheet(rows, strict=strict, weighting=weighting) for rows in kept]
     clusters = sorted({c for s in sheets for c in s.clusters})
     strata = sorted({s for x in sheets for s in x.strata}, key=lambda s: (s.dataset, s.polarity, s.attribute, s.value))
     arrays = [_aligned(s, clusters, strata) for s in sheets]
     number = {d: i for i, d in enumerate(sorted({d for d, _ in clusters}))}
     return paired(arrays[0], arrays[1], scorer(strata), [number[d] for d, _ in clusters], seed=seed)
+
+
+def _question_key(row: Judged) -> tuple[str, str]:
+    return row.question.dataset, row.question.question_id
 
 
 def _aligned(sheet: Sheet, clusters: list[tuple[str, str]], strata: list[Stratum]) -> tuple[Floats, Floats]:

@@ -10,7 +10,7 @@ Legend: C clusters, S strata, B resamples.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,8 +47,15 @@ def bootstrap(
     value = float(score(sums_CS.sum(0), counts_CS.sum(0)))
     if len(groups_C) < 2:
         return Interval(value, float("nan"), float("nan"))
-    draws = [score(w @ sums_CS, w @ counts_CS) for w in _weights(groups_C, num, np.random.default_rng(seed))]
-    return _percentiles(value, np.concatenate(draws), level)
+    return percentiles(value, score(*resampled(sums_CS, counts_CS, groups_C, num=num, seed=seed)), level)
+
+
+def resampled(
+    sums_CS: Floats, counts_CS: Floats, groups_C: Sequence[int], *, num: int = 2000, seed: int = 0
+) -> tuple[Floats, Floats]:
+    """Sums and counts of `num` resamples, each (B, S): drawn once, for any number of scores of the same strata."""
+    pairs = [(w @ sums_CS, w @ counts_CS) for w in _weights(groups_C, num, np.random.default_rng(seed))]
+    return np.concatenate([sums for sums, _ in pairs]), np.concatenate([counts for _, counts in pairs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +100,7 @@ def paired(
         moved = [swap @ step for step in steps]
         null = difference(totals[0] + moved[0], totals[1] + moved[1], totals[2] - moved[0], totals[3] - moved[1])
         extreme += int(np.sum(np.abs(null) >= abs(value) - 1e-12))
-    return Comparison(_percentiles(value, np.concatenate(boot), level), (extreme + 1) / (num + 1))
+    return Comparison(percentiles(value, np.concatenate(boot), level), (extreme + 1) / (num + 1))
 
 
 def wilson(right: int, total: int, level: float = 0.95) -> Interval:
@@ -156,21 +163,20 @@ def agreement(first: Sequence[object | None], second: Sequence[object | None]) -
     return Agreement(len(both), same, krippendorff_alpha([first, second]), len(first) - len(both))
 
 
-def _weights(groups_C: Sequence[int], num: int, rng: np.random.Generator) -> list[Floats]:
+def _weights(groups_C: Sequence[int], num: int, rng: np.random.Generator) -> Iterator[Floats]:
     """How often each cluster is drawn, (CHUNK, C) at a time."""
     groups = np.asarray(groups_C)
     members = [np.flatnonzero(groups == g) for g in np.unique(groups)]
-    chunks = []
     for start in range(0, num, CHUNK):
         size = min(CHUNK, num - start)
         weights = np.zeros((size, len(groups)))
         for at in members:
             weights[:, at] = rng.multinomial(len(at), np.full(len(at), 1 / len(at)), size=size)
-        chunks.append(weights)
-    return chunks
+        yield weights
 
 
-def _percentiles(value: float, draws: Floats, level: float) -> Interval:
+def percentiles(value: float, draws: Floats, level: float = 0.95) -> Interval:
+    """An estimate with the percentile interval of its resamples; resamples that have no score (nan) are left out."""
     draws = draws[~np.isnan(draws)]
     if not draws.size:
         return Interval(value, float("nan"), float("nan"))

@@ -196,6 +196,16 @@ def test_each_caption_of_a_region_has_its_own_gate() -> None:
     assert point(make_sheet(rows, strict=True), "negative") == 0.5
 
 
+def test_regions_of_two_datasets_that_share_an_id_have_their_own_gates() -> None:
+    rows = []
+    for dataset, recognised in (("a", "yes"), ("b", "no")):
+        rows.append(replace(answer(ask("margin/sharp", dataset="lidc_idri"), "stated"), cluster=dataset))
+        rows.append(answer(ask("recognition"), recognised))
+        rows[-2:] = [replace(r, question=replace(r.question, dataset=dataset)) for r in rows[-2:]]
+    sheet = make_sheet(rows, strict=True)
+    assert {s.dataset: share for s, share, _ in by_stratum(sheet)} == {"a": 1.0, "b": 0.0}
+
+
 def test_what_cannot_be_judged_is_neither_right_nor_wrong() -> None:
     rows = [answer(ask("margin/sharp", region=1), "stated")]
     rows += [Judged(q := ask("margin/sharp", region=2), unscored(q, Unscored.UNPARSABLE, "j"), "p")]
