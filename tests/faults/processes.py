@@ -38,11 +38,12 @@ def title(pid: int) -> str:
         return ""
 
 
-def victims(driver: int, victim: Victim) -> list[int]:
-    """The processes of one kind that a driver has running."""
+def victims(driver: int, victim: Victim, at_work: bool = False) -> list[int]:
+    """The processes of one kind that a driver has running; with `at_work` only actors that have rows in hand."""
     if victim == "driver":
         return [driver]
-    return [pid for pid in descendants(driver) if _TITLES[victim] in title(pid)]
+    titles = {pid: title(pid) for pid in descendants(driver)}
+    return [pid for pid, text in titles.items() if _TITLES[victim] in text and (not at_work or ".submit" in text)]
 
 
 def kill(pid: int) -> None:
