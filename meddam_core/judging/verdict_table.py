@@ -94,7 +94,10 @@ def to_table(rows: Iterable[JudgedCaption]) -> pa.Table:
 
 
 def from_table(table: pa.Table, judge: str) -> Iterator[JudgedCaption]:
-    """The rows of an Arrow table; `judge` is the id of the judge that made them. Raises ValueError for other columns."""
+    """The rows of an Arrow table; `judge` is the id of the judge that made them.
+
+    Raises ValueError for other columns.
+    """
     if table.schema.names != VERDICT_SCHEMA.names:
         raise ValueError(f"this is no verdict table of version {SCHEMA_VERSION}: its columns are {table.schema.names}")
     for row in table.to_pylist():
