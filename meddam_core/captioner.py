@@ -84,8 +84,11 @@ class RegionPreparer:
 
         Raises RowError when the image as a whole cannot be rendered.
         """
+        return self.prepare_rendered(image, render(image, window=self.recipe(image).window))
+
+    def prepare_rendered(self, image: Image, image_HWC: NDArray[np.uint8]) -> list[PreparedRegion]:
+        """As `prepare`, for a row whose picture was rendered by its recipe's window: it needs no pixels of its own."""
         recipe = self.recipe(image)
-        image_HWC = render(image, window=recipe.window)
         focal = FocalImage(image_HWC, self.rules.size, recipe.aspect)
         prepared = []
         for region in image.regions or detected_regions(image, image_HWC, recipe):

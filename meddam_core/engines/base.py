@@ -141,3 +141,12 @@ class Engine(Protocol):
     def close(self) -> None:
         """Free memory. The engine cannot be used afterwards."""
         ...
+
+
+@runtime_checkable
+class ReportsText(Protocol):
+    """What an engine may offer besides: the text of a caption that still grows, for streams of many at once."""
+
+    def text_so_far(self, request_id: str) -> str:
+        """What is certain to stay of a request's text; "" for one that is unknown or has not begun."""
+        ...

@@ -83,13 +83,17 @@ class Generation:
             whole = whole[: self._stop_at]
         return whole.strip().removesuffix(END_OF_TEXT).strip()
 
-    def delta(self) -> str:
-        """The text to stream now: what is certain to stay and has not been handed out before."""
+    def certain_text(self) -> str:
+        """The text so far without what may still change: an unfinished character, the beginning of a stop string."""
         text = self.text()
         if self.finish_reason is None:
             text = text.rstrip(UNFINISHED_CHARACTER)
             text = _without_beginning_of(text, (*self.request.sampling.stop, END_OF_TEXT)).rstrip()
-        piece = text[len(self._emitted) :]
+        return text
+
+    def delta(self) -> str:
+        """The text to stream now: what is certain to stay and has not been handed out before."""
+        piece = self.certain_text()[len(self._emitted) :]
         self._emitted += piece
         return piece
 

@@ -109,6 +109,11 @@ class LocalEngine(ABC):
         self._vision.cancel(uid)
         self._drop(uid)
 
+    def text_so_far(self, request_id: str) -> str:
+        """What is certain to stay of a request's text; "" for one that is unknown or has not begun."""
+        uid = self._uid_of.get(request_id)
+        return "" if uid is None else self._generations[uid].certain_text()
+
     @abstractmethod
     def close(self) -> None:
         """Free memory. The engine cannot be used afterwards."""
