@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from meddam_core import __version__
 from meddam_core.storage import explain
-from ray_jobs import audit, caption, caption_config, demo, describe, ingest, report
+from ray_jobs import audit, caption, caption_config, demo, describe, ingest, qa, report
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
@@ -144,6 +144,37 @@ def _audit_text(found: audit.Audit) -> str:
     lines += [f"  {count:>10,}    {reason}" for reason, count in sorted(found.by_reason.items())]
     return "\n".join(lines)
 
+
+_qa = typer.Typer(help="Attribute questions: the library, and the question table of a dataset.", no_args_is_help=True)
+app.add_typer(_qa, name="qa")
+_Library = Annotated[Path | None, typer.Option("--library", help="Folder of own templates, added to the shipped ones.")]
+
+
+@_qa.command("lint")
+def _qa_lint(library: _Library = None) -> None:
+    """Look for faults in the question library."""
+    from qa_library import lint, load_library
+
+    loaded = load_library(library)
+    problems = lint(loaded)
+    typer.echo("\n".join(problems) or f"no fault in {len(loaded.sets)} template sets, library {loaded.version}")
+    raise typer.Exit(EXIT_DIFFERENT if problems else 0)
+
+
+@_qa.command("show")
+def _qa_show(
+    template_set: Annotated[str | None, typer.Argument(help="A template set; none lists them.")] = None,
+    attribute: Annotated[str | None, typer.Argument(help="One of its attributes.")] = None,
+    library: _Library = None,
+) -> None:
+    """Show what is asked, and by which words an answer is recognised."""
+    from qa_library import load_library
+    from qa_library.show import show
+
+    typer.echo(show(load_library(library), template_set, attribute))
+
+
+_job("build", qa.Config, qa.run, ["shards"], {"out": "-o"}, inspect.getdoc(qa.Config) or "", _qa)
 
 _job("report", report.Config, report.run, ["run"], {"out": "-o"}, "Write the HTML report of a finished run.")
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
