@@ -18,7 +18,7 @@ import json
 import os
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +82,25 @@ def read_shard(uri: str, columns: list[str] | None = None, batch_rows: int = 8) 
                     row.setdefault("image", {"bytes": None, "path": None})
                     row.setdefault("preview", {"bytes": None, "path": None})
                 yield from_row(Image, row)
+
+
+def shard_batches(uri: str, leaves: Sequence[str], batch_rows: int = 4096) -> Iterator[pa.Table]:
+    """The rows of a shard with some of its leaves only (Parquet's names), as tables. Raises as `read_shard` does."""
+    with _opened(uri) as file:
+        for batch in file.iter_batches(batch_size=batch_rows, columns=list(leaves)):
+            yield pa.Table.from_batches([batch])
+
+
+def images_by_id(uri: str, ids: Set[int]) -> Iterator[Image]:
+    """The images of a shard by id, one at a time, from the row groups that hold them. Raises as `read_shard` does."""
+    with _opened(uri) as file:
+        for group in range(file.num_row_groups):
+            held = file.read_row_group(group, columns=["image_id"])["image_id"].to_numpy()
+            rows = np.flatnonzero(np.isin(held, list(ids)))
+            if len(rows):
+                table = file.read_row_group(group)
+                for row in rows.tolist():
+                    yield from_row(Image, table.slice(row, 1).to_pylist()[0])
 
 
 def shard_facts(uri: str) -> ShardFacts:

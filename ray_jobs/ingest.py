@@ -129,7 +129,10 @@ def run(cfg: Config) -> Summary | RegionSummary:
         num_parts = _begin(cfg, source, secret, rules.image_secret, fingerprint)
         with session(cfg.num_cpus):
             splits = deal_splits(cfg, cfg.source(), rules, num_parts) if cfg.splits is not None else None
-            task = IngestPart(out=cfg.out, source=source, rules=rules, fingerprint=fingerprint, splits=splits)
+            task = IngestPart(
+                out=cfg.out, source=source, rules=rules, fingerprint=fingerprint, splits=splits,
+                first_shard=cfg.first_shard,
+            )  # fmt: skip
             return _publish(cfg, rules, fingerprint, _shards(task, num_parts))
 
 

@@ -51,6 +51,8 @@ class Config(BaseModel):
     """Somebody checked that no pixel names or shows a patient; otherwise photographs and the like are egress=deny."""
     images_per_shard: int = Field(256, ge=1, le=1 << 20)
     """Source items a shard."""
+    first_shard: int = Field(0, ge=0, lt=1 << 34)
+    """Number of the first shard, from which ids follow: datasets whose numbers differ can be captioned in one run."""
     max_pixels: int = Field(100_000_000, ge=1)
     """Larger pictures are rejected before they are decoded."""
     secret_file: Path | None = None

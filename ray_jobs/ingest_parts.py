@@ -2,7 +2,7 @@
 
     OUT/_work/part-000012.parquet           items by ordinal, in JSON; what identifies a patient is hashed already
     OUT/_work/attempts/part-000012/*        tasks that began and did not end: after two, the part is worked on carefully
-    OUT/shards/shard-000012.parquet         the images, ids 12 << 24 | row
+    OUT/shards/shard-000012.parquet         the images, ids 12 << 24 | row; part 12 unless --first-shard shifts them
     OUT/rejected/rejected-000012.parquet    what became no row, and why; absent where there is nothing
 
 Invariants:
@@ -120,9 +120,9 @@ def part_uri(out: str, part: int) -> str:
     return storage.join(out, "_work", f"part-{part:06d}.parquet")
 
 
-def shard_uri(out: str, part: int) -> str:
-    """Where a part's images go."""
-    return storage.join(out, "shards", f"shard-{part:06d}.parquet")
+def shard_uri(out: str, shard: int) -> str:
+    """Where the images of a shard go."""
+    return storage.join(out, "shards", f"shard-{shard:06d}.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +150,13 @@ class IngestPart:
     fingerprint: str
     splits: Splits | None = None
     """Where items were dealt splits of their own."""
+    first_shard: int = 0
+    """Number of the first part's shard, from which its images' ids follow."""
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """{"id": part} -> {"counts": JSON of PartCounts}."""
         part = int(row["id"])
-        uri = shard_uri(self.out, part)
+        uri = shard_uri(self.out, self.first_shard + part)
         found = shard_metadata(uri)
         if found is not None and found.get(FINGERPRINT) == self.fingerprint:
             return {"counts": found[COUNTS]}
@@ -172,7 +174,8 @@ class IngestPart:
         items = read_part(self.out, part)
         if self.splits is not None:
             items = self.splits.given(part, items)
-        outcomes = rows_in_children(self.source, items, self.rules, part) if careful else self._outcomes(part, items)
+        shard = self.first_shard + part
+        outcomes = rows_in_children(self.source, items, self.rules, shard) if careful else self._outcomes(shard, items)
 
         def metadata() -> dict[str, str]:
             self._write_rejected(part, tally.rejected)
@@ -181,10 +184,10 @@ class IngestPart:
         write_shard(uri, tally.images(outcomes), metadata)
         return tally.json()
 
-    def _outcomes(self, part: int, items: Iterator[tuple[int, SourceItem]]) -> Iterator[Outcome]:
+    def _outcomes(self, shard: int, items: Iterator[tuple[int, SourceItem]]) -> Iterator[Outcome]:
         row = 0
         for ordinal, item in items:
-            outcome = rows_of(self.source, item, ordinal=ordinal, rules=self.rules, shard=part, first_row=row)
+            outcome = rows_of(self.source, item, ordinal=ordinal, rules=self.rules, shard=shard, first_row=row)
             row += len(outcome[0])
             yield outcome
 

@@ -1,7 +1,8 @@
-"""The report of a finished run: one HTML file that can be mailed.
+"""The report of a finished run, or the page of a dataset: one HTML file that can be mailed.
 
     meddam report s3://bucket/runs/one                       writes s3://bucket/runs/one/report.html
     meddam report runs/one --out one.html --num-regions 60
+    meddam report s3://bucket/vindr                          a folder of image shards: ray_jobs.dataset_report
 
 Reads the published captions a file at a time, and the pictures of the sampled regions from their shards; needs no Ray
 session.
@@ -27,12 +28,15 @@ from meddam_core import storage
 from meddam_core.captioner import RegionPreparer, ViewRules
 from meddam_core.focal import focal_box
 from meddam_core.imaging.render import render
-from meddam_core.records import Caption, Image, Region, RowError, from_row
+from meddam_core.records import Caption, Image, Region, RowError
 from meddam_core.regions.masks import prompt_box, region_prompt_mask
 from meddam_core.reports.run_report import GalleryEntry, RunFacts, Speed, run_report
 from meddam_core.reports.sample import CaptionSample
 from meddam_core.reports.tally import CaptionTally
+from meddam_core.shards import images_by_id
+from ray_jobs.dataset_report import write_dataset_report
 from ray_jobs.run_directory import RUN, SUMMARY, InputShard, RunDirectory
+from ray_jobs.snapshot import has_shards
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +49,11 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     run: str
-    """The run directory, on S3 or disk."""
+    """The run directory, or a folder of image shards as `meddam ingest` writes it, on S3 or disk."""
     out: str | None = None
-    """The HTML file, on S3 or disk; by default report.html in the run directory."""
+    """The HTML file, on S3 or disk; by default report.html in that folder."""
     num_regions: int = Field(48, ge=0, le=500)
-    """Regions shown, drawn evenly over datasets and modalities. Each adds about 60 kB."""
+    """Regions shown: of a run evenly over datasets and modalities, of shards over labels. Each adds about 60 kB."""
     num_failures: int = Field(40, ge=0, le=1000)
     """Failed captions listed."""
     seed: int = 0
@@ -61,6 +65,8 @@ class Summary(BaseModel):
 
     out: str
     num_captions: int
+    num_regions: int | None = None
+    """Regions in the shards; None for a run."""
     num_shown: int
     num_without_picture: int
     """Sampled regions left out because their shard is gone or their picture cannot be rendered."""
@@ -72,15 +78,22 @@ class Summary(BaseModel):
 
     def lines(self) -> list[str]:
         """For a person."""
-        text = [f"report: {self.out} ({self.num_captions:,} captions, {self.num_shown} regions shown)"]
+        what = f"{self.num_captions:,} captions" if self.num_regions is None else f"{self.num_regions:,} regions"
+        text = [f"report: {self.out} ({what}, {self.num_shown} shown)"]
         if self.num_without_picture:
             text.append(f"  {self.num_without_picture} sampled regions are not shown: no picture can be had of them")
         return text
 
 
 def run(cfg: Config) -> Summary:
-    """Writes the report of a run as one HTML file. Raises ValueError where the run is not published."""
+    """Writes the report of a run, or the page of a dataset, as one HTML file.
+
+    Raises ValueError where the run is not published, or where there is neither.
+    """
     directory = RunDirectory(cfg.run)
+    if directory.read_json(RUN) is None and has_shards(cfg.run):
+        page = write_dataset_report(cfg.run, cfg.out, cfg.num_regions, cfg.seed)
+        return Summary(num_captions=0, **page._asdict())
     files = directory.published()
     if files is None:
         directory.inputs()  # says so where this is no run directory at all
@@ -142,20 +155,11 @@ def _entry(caption: Caption, image: Image, image_HWC: NDArray[np.uint8], prepare
 
 
 def _images(uri: str, ids: set[int]) -> list[Image]:
-    """The images of a shard by id, reading only the row groups that hold them; [] where the shard is gone."""
+    """The images of a shard by id; [] where the shard is gone."""
     if not storage.exists(uri):
         logger.warning("%s is gone; its regions are not shown", uri)
         return []
-    fs, path = storage.open_uri(uri)
-    with fs.open_input_file(path) as stream:
-        file = pq.ParquetFile(stream)
-        images = []
-        for group in range(file.num_row_groups):
-            held = file.read_row_group(group, columns=["image_id"])["image_id"].to_numpy()
-            rows = np.flatnonzero(np.isin(held, list(ids)))
-            if len(rows):
-                images += [from_row(Image, row) for row in file.read_row_group(group).take(pa.array(rows)).to_pylist()]
-    return images
+    return list(images_by_id(uri, ids))
 
 
 def _read(uri: str) -> pa.Table:

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from meddam_core import storage
+from meddam_core.records import ROW_BITS
 from meddam_core.shards import shard_facts
 from ray_jobs.run_directory import InputShard
 
@@ -22,7 +23,7 @@ def snapshot(uris: Sequence[str]) -> list[InputShard]:
     Raises ValueError where there are none, where a file is not a shard of this schema, or where ids occur twice;
     StorageError where the bucket cannot be read.
     """
-    objects = [o for uri in uris for o in _shards_below(uri)]
+    objects = [o for uri in uris for o in shards_below(uri)]
     with ThreadPoolExecutor(16) as pool:
         shards = list(pool.map(_shard, objects))
     shards = sorted((s for s in shards if s.num_images), key=lambda s: s.first_id)
@@ -32,9 +33,15 @@ def snapshot(uris: Sequence[str]) -> list[InputShard]:
         if after.first_id <= before.last_id:
             raise ValueError(
                 f"{before.uri} and {after.uri} hold the same image ids, up to {before.last_id}, from {after.first_id}. "
-                "Shards of two datasets are captioned in two runs; or one is a copy of the other: leave it out."
+                "If one is a copy of the other, leave it out. Two datasets are captioned in two runs, or in one when "
+                f"the second was ingested with numbers of its own: `meddam ingest ... --first-shard {_free(shards)}`."
             )
     return shards
+
+
+def _free(shards: Sequence[InputShard]) -> int:
+    """The first shard number that none of them has."""
+    return max(s.last_id >> ROW_BITS for s in shards) + 1
 
 
 def changed(then: Sequence[InputShard], now: Sequence[InputShard]) -> list[str]:
@@ -46,7 +53,15 @@ def changed(then: Sequence[InputShard], now: Sequence[InputShard]) -> list[str]:
     return sorted(said)
 
 
-def _shards_below(uri: str) -> list[storage.ObjectInfo]:
+def has_shards(uri: str) -> bool:
+    """Whether `uri` is a Parquet file or a folder that holds some, as folders of shards do."""
+    if uri.endswith(".parquet"):
+        return storage.exists(uri)
+    return bool(storage.list_objects(uri.rstrip("/") + "/", ".parquet"))
+
+
+def shards_below(uri: str) -> list[storage.ObjectInfo]:
+    """The shards of a dataset folder, of any other folder, or a single one. Raises ValueError where there are none."""
     if uri.endswith(".parquet"):
         folder, _, _ = uri.rpartition("/")
         wanted = uri if storage.is_s3(uri) else storage.open_uri(uri)[1]

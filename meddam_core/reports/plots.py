@@ -17,18 +17,20 @@ _VARIABLES = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--line)", BAR
 
 
 def histogram_svg(
-    edges: Sequence[float], counts: Sequence[int], *, x_label: str, y_label: str, alt: str, integer_bins: bool = False
-) -> str:
+    edges: Sequence[float], counts: Sequence[int], *, x_label: str, y_label: str, alt: str, integer_bins: bool = False,
+    log_x: bool = False,
+) -> str:  # fmt: skip
     """One histogram as an `<svg>` element that scales with its container.
 
     `edges` has one entry more than `counts`. With `integer_bins` a bin holds one integer, its left edge, and the tick
-    stands in its middle. `alt` says what the plot shows, for people who can't see it.
+    stands in its middle; with `log_x` the axis is logarithmic, for edges above 0. `alt` says what the plot shows, for
+    people who can't see it.
     """
     if len(edges) != len(counts) + 1:
         raise ValueError(f"{len(counts)} bins need {len(counts) + 1} edges, got {len(edges)}")
     import matplotlib as mpl
     from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     with mpl.rc_context(
         {"svg.fonttype": "none", "svg.hashsalt": "meddam", "font.size": 10, "font.family": "sans-serif"}
@@ -51,6 +53,12 @@ def histogram_svg(
         if integer_bins and len(counts) <= 7:
             axes.set_xticks(edges[:-1])
             axes.set_xlim(edges[0] - 2, max(edges[-2], edges[0] + 3) + 1)
+        elif log_x:
+            axes.set_xscale("log")
+            within_a_decade = edges[-1] < 40 * edges[0]
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if within_a_decade else (1,), numticks=9))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
         else:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=integer_bins))
         figure.patch.set_visible(False)

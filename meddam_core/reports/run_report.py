@@ -19,18 +19,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from numpy.typing import NDArray
 
 from meddam_core.records import Box, Caption, Label, Status
+from meddam_core.reports.page import NOT_FOR_DIAGNOSIS, environment
 from meddam_core.reports.pictures import box_path, data_uri, mask_path
 from meddam_core.reports.plots import binned, histogram_svg
 from meddam_core.reports.tally import LOGPROB_BIN, CaptionTally
 
 FULL_SIDE_PX = 560
 CROP_SIDE_PX = 320
-NOT_FOR_DIAGNOSIS = "Made by a research model. Not a medical device; not for diagnosis or treatment."
 
 STATUS_MEANING = {
     "ok": "a caption that ended by itself",
@@ -103,26 +102,20 @@ def run_report(
     facts: RunFacts, tally: CaptionTally, gallery: Sequence[GalleryEntry], failures: Sequence[Caption] = ()
 ) -> str:
     """The whole page as a string of HTML."""
-    environment = Environment(
-        loader=PackageLoader("meddam_core.reports"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["num"] = _number
-    environment.filters["share"] = _share
-    environment.filters["duration"] = _duration
-    return environment.get_template("run_report.html.j2").render(
-        facts=facts,
-        tally=tally,
-        statuses=_statuses(tally),
-        reasons=tally.reasons.most_common(),
-        groups=_groups(tally),
-        plots=_plots(tally),
-        cards=[_card(entry) for entry in gallery],
-        failures=failures,
-        not_for_diagnosis=NOT_FOR_DIAGNOSIS,
+    return (
+        environment()
+        .get_template("run_report.html.j2")
+        .render(
+            facts=facts,
+            tally=tally,
+            statuses=_statuses(tally),
+            reasons=tally.reasons.most_common(),
+            groups=_groups(tally),
+            plots=_plots(tally),
+            cards=[_card(entry) for entry in gallery],
+            failures=failures,
+            not_for_diagnosis=NOT_FOR_DIAGNOSIS,
+        )
     )
 
 
@@ -224,22 +217,3 @@ def _card(entry: GalleryEntry) -> dict[str, Any]:
 def _label(label: Label) -> str:
     name = label.name.replace("_", " ")
     return name if label.value == "present" else f"{name}: {label.value}"
-
-
-def _number(value: float, digits: int = 0) -> str:
-    return f"{value:,.{digits}f}"
-
-
-def _share(value: float) -> str:
-    """A share of 1 as a percentage that never rounds something to nothing, nor nearly all to all."""
-    if value in (0, 1):
-        return f"{100 * value:.0f} %"
-    return "< 0.1 %" if value < 0.001 else "> 99.9 %" if value > 0.999 else f"{100 * value:.1f} %"
-
-
-def _duration(seconds: float) -> str:
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {m:02d} min"
-    return f"{m} min {s:02d} s" if m else f"{seconds:.1f} s"

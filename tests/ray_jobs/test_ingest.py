@@ -24,6 +24,8 @@ from meddam_core.records import Image
 from meddam_core.shards import read_shard, shard_facts
 from ray_jobs.ingest import run
 from ray_jobs.ingest_config import CocoConfig, Config, ManifestConfig, PhantomsConfig, PydicomSamplesConfig
+from ray_jobs.report import Config as ReportConfig
+from ray_jobs.report import run as report
 from tests.ray_jobs.poison import PoisonedConfig
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -135,6 +137,9 @@ def test_nothing_that_names_a_patient_is_written(
     first, second = _images(out)
     assert first.patient_key == second.patient_key is not None  # the manifest's id and the header's are one patient
     assert first.study_key == second.study_key is not None
+    page = report(ReportConfig(run=out))
+    assert page.num_shown == 2 and page.out == f"{out}/report.html"
+    assert b"<td>corrupt</td>" in storage.read_bytes(page.out)
     written = b"".join(data for name, data in _everything(out).items()) + "".join(capfd.readouterr()).encode()
     assert len(written) > 20_000
     for word in planted:

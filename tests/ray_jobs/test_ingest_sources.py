@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ from ray_jobs.ingest_sources import (
     PanNukeConfig,
     RtStructConfig,
     SkinConConfig,
+    SlidesConfig,
     WebDatasetConfig,
 )
 from ray_jobs.report import Config as ReportConfig
@@ -103,6 +106,11 @@ def _made(name: str, folder: Path) -> tuple[Config, int, int]:
         miniatures.save(folder / "in/images/a.png", np.full((40, 60, 3), 99, np.uint8))
         miniatures.save(folder / "in/masks/a_polyp.png", miniatures.disc((60, 40), (20, 20), 8))
         return MasksConfig(path=str(folder / "in/masks"), images=str(folder / "in/images"), **out), 1, 1
+    if name == "slides":
+        tissue = np.full((600, 800, 3), 240, np.uint8)
+        tissue[100:500, 100:700] = np.random.default_rng(0).integers(90, 200, (400, 600, 3), np.uint8)
+        miniatures.tiled_tiff(folder / "in/a.tif", tissue, mpp=0.5)
+        return SlidesConfig(path=str(folder / "in"), tile_px=128, max_tiles=3, **out), 3, 3
     series = miniatures.ct_series(folder / "in/ct")
     if name == "dicom-seg":
         masks = [miniatures.disc((64, 48), (20, 20), r) for r in (3, 5, 8, 4, 2)]
@@ -113,19 +121,71 @@ def _made(name: str, folder: Path) -> tuple[Config, int, int]:
     return RtStructConfig(path=str(folder / "in/objects"), images=str(folder / "in/ct"), **out), 1, 1
 
 
-SOURCES = ["idrid", "pannuke", "nuinsseg", "nifti-labels", "webdataset", "masks", "dicom-seg", "rtstruct"]
+SOURCES = ["idrid", "pannuke", "nuinsseg", "slides", "nifti-labels", "webdataset", "masks", "dicom-seg", "rtstruct"]
+
+
+@pytest.fixture(scope="module")
+def ingested(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Config, Any, int, int]]:
+    """Each miniature's (config, summary, images, regions), ingested when first asked for; its shards have numbers of
+    their own, so that all of them can be captioned in one run."""
+
+    @cache
+    def made(name: str) -> tuple[Config, Any, int, int]:
+        cfg, num_images, num_regions = _made(name, tmp_path_factory.mktemp(name))
+        cfg = cfg.model_copy(update={"first_shard": 10 * SOURCES.index(name)})
+        return cfg, run(cfg), num_images, num_regions
+
+    return made
 
 
 @pytest.mark.parametrize("name", SOURCES)
-def test_a_miniature_goes_through_ingest(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    cfg, num_images, num_regions = _made(name, tmp_path)
-    summary: Any = run(cfg)
+def test_a_miniature_goes_through_ingest(
+    name: str, ingested: Callable[[str], tuple[Config, Any, int, int]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfg, summary, num_images, num_regions = ingested(name)
     assert (summary.num_images, summary.num_regions) == (num_images, num_regions)
     images = _images(cfg.out)
     assert {i.dataset for i in images} == {cfg.source().dataset}
+    assert min(i.image_id for i in images) == cfg.first_shard << 24
+    page = report(ReportConfig(run=cfg.out, num_regions=2))
+    assert (page.num_regions, page.num_shown) == (num_regions, min(2, num_regions))
     written = b"".join(storage.read_bytes(o.uri) for o in storage.list_objects(cfg.out + "/"))
     said = "".join(capfd.readouterr())
+    assert page.out.encode() and b"MedDAM dataset" in written
     assert not [w for w in miniatures.planted() if w.encode() in written or w in said]
+
+
+def test_all_miniatures_are_captioned_in_one_run(
+    ingested: Callable[[str], tuple[Config, Any, int, int]], tmp_path: Path
+) -> None:
+    made = [ingested(name) for name in SOURCES]
+    job = caption.Config(
+        shards=tuple(cfg.out for cfg, *_ in made), out=str(tmp_path / "run"), model=MODEL,
+        engine="benchmarks.waiting_engine:WaitingEngine", max_new_tokens=12,
+    )  # fmt: skip
+    done = caption.run(job)
+    assert isinstance(done, Summary) and done.exit_code == 0
+    num_regions = sum(num for *_, num in made)
+    assert (done.num_regions, done.num_captions) == (num_regions, num_regions)
+    assert done.by_reason == {}, "every region of every source can be captioned"
+    assert audit(RunDirectory(job.out)).clean
+    page = report(ReportConfig(run=job.out))
+    html = Path(page.out).read_text()
+    assert page.num_shown == num_regions
+    assert all(f">{cfg.source().dataset}<" in html for cfg, *_ in made)
+    assert not [w for w in miniatures.planted() if w in html]
+
+
+def test_two_datasets_with_the_same_numbers_are_not_mixed(
+    ingested: Callable[[str], tuple[Config, Any, int, int]], tmp_path: Path
+) -> None:
+    cfg, *_ = ingested("masks")
+    again = cfg.model_copy(update={"out": str(tmp_path / "again")})
+    run(again)
+    job = caption.Config(shards=(cfg.out, again.out), out=str(tmp_path / "run"), model=MODEL)
+    free = cfg.first_shard + 1
+    with pytest.raises(ValueError, match=f"meddam ingest ... --first-shard {free}"):
+        caption.run(job)
 
 
 @pytest.mark.s3

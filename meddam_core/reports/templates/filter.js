@@ -12,14 +12,14 @@
     let count = 0;
     for (const card of cards) {
       const keep =
-        (!status.value || card.dataset.status === status.value) &&
-        (!group.value || card.dataset.group === group.value) &&
+        (!status?.value || card.dataset.status === status.value) &&
+        (!group?.value || card.dataset.group === group.value) &&
         wanted.every((w) => card.dataset.search.includes(w));
       card.hidden = !keep;
       count += keep;
     }
     shown.textContent = `${count} of ${cards.length} shown`;
   };
-  for (const control of [status, group, words]) control.addEventListener("input", apply);
+  for (const control of [status, group, words]) control?.addEventListener("input", apply);
   apply();
 })();
