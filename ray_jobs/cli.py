@@ -176,7 +176,10 @@ def _qa_show(
 
 _job("build", qa.Config, qa.run, ["shards"], {"out": "-o"}, inspect.getdoc(qa.Config) or "", _qa)
 
-_job("report", report.Config, report.run, ["run"], {"out": "-o"}, "Write the HTML report of a finished run.")
+_job(
+    "report", report.Config, report.run, ["run"], {"out": "-o"},
+    "Write the HTML report of a finished run, or the page of a dataset.",
+)  # fmt: skip
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 
 
