@@ -255,6 +255,7 @@ def compare(
     strict: bool = False,
     weighting: Weighting = "balanced",
     seed: int = 0,
+    num: int = 2000,
 ) -> Comparison:
     """Two systems on the questions that both were judged on; several captions of a region are averaged.
 
@@ -270,7 +271,7 @@ def compare(
     strata = sorted({s for x in sheets for s in x.strata}, key=lambda s: (s.dataset, s.polarity, s.attribute, s.value))
     arrays = [_aligned(s, clusters, strata) for s in sheets]
     number = {d: i for i, d in enumerate(sorted({d for d, _ in clusters}))}
-    return paired(arrays[0], arrays[1], scorer(strata), [number[d] for d, _ in clusters], seed=seed)
+    return paired(arrays[0], arrays[1], scorer(strata), [number[d] for d, _ in clusters], num=num, seed=seed)
 
 
 def _question_key(row: Judged) -> tuple[str, str]:
