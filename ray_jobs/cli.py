@@ -25,11 +25,13 @@ from pydantic import BaseModel
 
 from meddam_core import __version__
 from meddam_core.storage import explain
-from ray_jobs import audit, caption, caption_config, demo, describe, ingest, qa, report
+from ray_jobs import audit, caption, caption_config, demo, describe, finetune, finetune_config, ingest, qa, report
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
 from ray_jobs.run_directory import RUN, RunDirectory
+from ray_jobs.serve import config as serve_config
+from ray_jobs.serve import job as serve
 from ray_jobs.summary import EXIT_CONFIG, EXIT_HELD, EXIT_INCOMPLETE
 
 EXIT_DIFFERENT = 1
@@ -177,6 +179,10 @@ def _qa_show(
 _job("build", qa.Config, qa.run, ["shards"], {"out": "-o"}, inspect.getdoc(qa.Config) or "", _qa)
 
 _job(
+    "finetune", finetune_config.Config, finetune.run, ["shards"], {"out": "-o", "model": "-m"},
+    "Train a DAM on SHARDS and their captions. Run the same command again to resume.",
+)  # fmt: skip
+_job(
     "report", report.Config, report.run, ["run"], {"out": "-o"},
     "Write the HTML report of a finished run, or the page of a dataset.",
 )  # fmt: skip
@@ -196,6 +202,11 @@ def _verify(
     typer.echo(found.to_json() if as_json else render_text(found))
     raise typer.Exit(0 if found.passed else EXIT_DIFFERENT)
 
+
+_job(
+    "serve", serve_config.Config, serve.run, [], {"model": "-m"},
+    "Serve captions over HTTP (OpenAI-compatible), with a page to draw a region on.",
+)  # fmt: skip
 
 _job(
     "demo", demo.Config, demo.run, [], {"model": "-m"}, "Show all of it on this machine, with an S3 server on loopback."

@@ -27,6 +27,7 @@ BROAD_EXCEPTS = {
     "meddam_core/engines/mii/ops.py",  # compilers and linkers raise what they like
     "ray_jobs/actors.py",  # the one row boundary of the caption job
     "ray_jobs/caption.py",  # the breaker: re-raises whatever it did not cause
+    "ray_jobs/serve/guards.py",  # the door of the endpoint: whatever a route raised, the client gets a clean error
     "ray_jobs/session.py",  # a start of Ray that took too long has no type of its own
     "ray_jobs/lease.py",  # a renewal that fails for any reason counts as lost
 }

@@ -77,6 +77,11 @@ def list_prompts() -> list[Prompt]:
     return [load_prompt(name) for name in _shipped_ids()]
 
 
+def length_text(length: Length) -> str:
+    """The instruction that asks for an answer of that length, for questions in free text."""
+    return _read(_FOLDER / "lengths" / f"{length}.txt").removeprefix("- ")
+
+
 def _shipped_ids() -> list[str]:
     return sorted(p.stem for p in _FOLDER.glob("*.txt"))
 
