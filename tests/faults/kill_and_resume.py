@@ -94,8 +94,13 @@ def check(out: str, undisturbed: pa.Table) -> Audit:
     """The audit of a run that was disturbed. Raises unless it is clean and its captions equal the others."""
     found = audit(RunDirectory(out))
     assert found.clean, found
-    same = captions(out).drop_columns(["attempt"])
-    assert same.equals(undisturbed.drop_columns(["attempt"])), "the captions differ from those of the undisturbed run"
+    same, told = captions(out).drop_columns(["attempt"]), undisturbed.drop_columns(["attempt"])
+    differing = {
+        name: sum(a != b for a, b in zip(same[name].to_pylist(), told[name].to_pylist(), strict=True))
+        for name in told.column_names
+        if not same[name].equals(told[name])
+    }
+    assert not differing, f"captions that differ from the undisturbed run's, of {told.num_rows}, by column: {differing}"
     return found
 
 
