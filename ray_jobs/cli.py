@@ -25,7 +25,19 @@ from pydantic import BaseModel
 
 from meddam_core import __version__
 from meddam_core.storage import explain
-from ray_jobs import audit, caption, caption_config, demo, describe, finetune, finetune_config, ingest, qa, report
+from ray_jobs import (
+    audit,
+    caption,
+    caption_config,
+    demo,
+    describe,
+    finetune,
+    finetune_config,
+    ingest,
+    leaderboard,
+    qa,
+    report,
+)
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
@@ -185,6 +197,10 @@ _job(
 _job(
     "report", report.Config, report.run, ["run"], {"out": "-o"},
     "Write the HTML report of a finished run, or the page of a dataset.",
+)  # fmt: skip
+_job(
+    "leaderboard", leaderboard.Config, leaderboard.run, ["runs"], {"out": "-o"},
+    "Compare judged runs: scores with intervals, paired tests, controls; a page, a CSV and YAML.",
 )  # fmt: skip
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 

@@ -3,7 +3,8 @@
     board = make_leaderboard([System(name="DAM-3B, meddam-v1", judged=rows), System(name="blank", role="blank", ...)])
 
 Notes:
-- Only questions that every system was asked are counted, and only datasets that all of them were judged on.
+- Only questions that every model was asked are counted, and only datasets that all of them were judged on. Controls may
+  stand on a sample of the regions.
 - Systems are ranked by the strict variant. A rank is a range: a system is placed below another one only if the paired
   difference holds at the 5 % level after Holm's correction for the number of pairs.
 - The normalised score is 0 at the majority caption and 1 at truth-made captions; its interval is the score's own, moved
@@ -94,6 +95,8 @@ class Standing:
     """Best and worst place that the comparisons allow; None for controls."""
     own_shuffled: Interval | None = None
     """The strict score of its own captions on other regions of their kind: what is left is not about the region."""
+    own_unshuffled: Interval | None = None
+    """The strict score of its captions in their places, on the same questions as `own_shuffled`."""
     num_questions: int = 0
     num_regions: int = 0
     unscored: dict[str, int] = field(default_factory=dict)
@@ -157,7 +160,7 @@ def make_leaderboard(systems: Sequence[System], *, seed: int = 0, num: int = NUM
     pairs = _pairs({s.name: s.judged for s in systems}, [m.name for m in models], seed, num)
     ranges = _ranks([m.name for m in models], pairs)
     anchors = {c.role: c.scores["strict"].average.value for c in controls}
-    first = systems[0]
+    first = next(s for s in systems if s.role == "model")
     return Leaderboard(
         judge=judge,
         datasets=tuple(sorted({j.question.dataset for s in systems for j in s.judged})),
@@ -190,9 +193,13 @@ def _question(row: Judged) -> tuple[str, str]:
 
 
 def _common(systems: Sequence[System]) -> tuple[list[System], list[str]]:
-    """The systems with only what all of them were asked and judged on, and what that left out."""
-    asked = [{_question(j) for j in s.judged} for s in systems]
-    scored = [{j.question.dataset for j in s.judged if j.verdict.outcome != "unscored"} for s in systems]
+    """The systems with only what every model was asked and judged on, and what that left out.
+
+    Controls may have been judged on fewer regions; one that lacks a whole dataset is left out.
+    """
+    models = [s for s in systems if s.role == "model"]
+    asked = [{_question(j) for j in s.judged} for s in models]
+    scored = [_scored_datasets(s.judged) for s in models]
     shared, datasets = set.intersection(*asked), set.intersection(*scored)
     shared = {q for q in shared if q[0] in datasets}
     if not shared:
@@ -201,12 +208,22 @@ def _common(systems: Sequence[System]) -> tuple[list[System], list[str]]:
     every = set.union(*scored)
     if every - datasets:
         said.append(f"Datasets that not every system was judged on: {', '.join(sorted(every - datasets))}.")
-    for system, questions in zip(systems, asked, strict=True):
+    for system, questions in zip(models, asked, strict=True):
         extra = sum(q[0] in datasets and q not in shared for q in questions)
         if extra:
             said.append(f"{system.name}: {extra:,} questions that not every system was asked.")
-    kept = [replace(s, judged=_within(s.judged, shared), own_shuffled=_within(s.own_shuffled, shared)) for s in systems]
+    kept = []
+    for system in systems:
+        cut = replace(system, judged=_within(system.judged, shared), own_shuffled=_within(system.own_shuffled, shared))
+        if _scored_datasets(cut.judged) >= datasets:
+            kept.append(cut)
+        else:
+            said.append(f"The control {system.name}: it was not judged on every dataset.")
     return kept, said
+
+
+def _scored_datasets(judged: Sequence[Judged]) -> set[str]:
+    return {j.question.dataset for j in judged if j.verdict.outcome != "unscored"}
 
 
 def _within(judged: Sequence[Judged], questions: set[tuple[str, str]]) -> list[Judged]:
@@ -227,14 +244,21 @@ def _standing(system: System, seed: int, num: int) -> Standing:
         scores[variant] = draws.figures(sheet.strata)
         by_dataset[variant] = {d: draws.figures([s for s in sheet.strata if s.dataset == d]) for d in sheet.datasets}
         by_attribute[variant] = draws.cells()
-    strict, shuffled = sheets["strict"], make_sheet(system.own_shuffled, strict=True)
+    strict = sheets["strict"]
+    dealt = {_question(j) for j in system.own_shuffled}
     return Standing(
         name=system.name, role=system.role, facts=system.facts, scores=scores, by_dataset=by_dataset,
         by_attribute=by_attribute, num_questions=strict.num_questions, unscored=strict.unscored,
         num_hedged=strict.num_hedged,
-        own_shuffled=_Draws(shuffled, seed, num).interval(shuffled.strata, None) if shuffled.strata else None,
+        own_shuffled=_strict_average(system.own_shuffled, seed, num),
+        own_unshuffled=_strict_average(_within(system.judged, dealt), seed, num),
         num_regions=len({(j.question.dataset, j.question.region_id) for j in system.judged}),
     )  # fmt: skip
+
+
+def _strict_average(judged: Sequence[Judged], seed: int, num: int) -> Interval | None:
+    sheet = make_sheet(judged, strict=True)
+    return _Draws(sheet, seed, num).interval(sheet.strata, None) if sheet.strata else None
 
 
 class _Draws:

@@ -69,7 +69,7 @@ def leaderboard_report(board: Leaderboard, facts: BoardFacts) -> str:
         marks=_marks(board),
         rows=[_row(m, numbers[m.name]) for m in board.models],
         controls=[_row(c, None) | {"meaning": CONTROL_MEANING[c.role]} for c in board.controls],
-        missing_controls=[CONTROL_NAMES[r] for r in CONTROLS if board.control(r) is None],
+        missing_controls=_missing(board),
         pairs=_pairs(board),
         datasets=_datasets(board, numbers),
         attributes=_attributes(board),
@@ -81,6 +81,11 @@ def leaderboard_report(board: Leaderboard, facts: BoardFacts) -> str:
         paper_source=SOURCE,
         not_for_diagnosis=NOT_FOR_DIAGNOSIS,
     )
+
+
+def _missing(board: Leaderboard) -> list[str]:
+    dealt = any(m.own_shuffled is not None for m in board.models)
+    return [CONTROL_NAMES[r] for r in CONTROLS if board.control(r) is None and not (r == "shuffled" and dealt)]
 
 
 def points(value: float, signed: bool = False) -> str:
@@ -130,7 +135,9 @@ def _row(standing: Standing, number: int | None) -> dict[str, Any]:
         "strict": _figures(standing.scores["strict"]),
         "paper": _figures(standing.scores["paper"]),
         "normalised": None if standing.normalised is None else _score(standing.normalised),
-        "own_shuffled": None if standing.own_shuffled is None else points(standing.own_shuffled.value),
+        "own_shuffled": None if standing.own_shuffled is None else _score(standing.own_shuffled),
+        "own_unshuffled": None if standing.own_unshuffled is None else _score(standing.own_unshuffled),
+        "regions": standing.num_regions,
         "unscored": standing.unscored_rate,
     }
 
@@ -160,10 +167,11 @@ def _verdict(board: Leaderboard) -> list[str]:
         )
         if best.normalised.high < 0:
             said.append("That is worse than giving every region the same caption.")
-    if best.own_shuffled is not None:
+    if best.own_shuffled is not None and best.own_unshuffled is not None:
         said.append(
-            f"With its captions dealt out among regions of the same kind it would score "
-            f"{points(best.own_shuffled.value)}: only what is above that is about the region."
+            f"With its captions dealt out at random among regions of the same kind it scores "
+            f"{points(best.own_shuffled.value)} instead of {points(best.own_unshuffled.value)}: only the difference is "
+            "about the region itself."
         )
     return said
 

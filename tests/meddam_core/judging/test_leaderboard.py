@@ -123,7 +123,18 @@ def test_breakdowns_are_of_the_same_answers() -> None:
 def test_own_captions_dealt_out() -> None:
     (found,) = board(System(name="m", judged=judged(0.9), own_shuffled=judged(0.5))).models
     assert found.own_shuffled is not None
-    assert found.own_shuffled.value == pytest.approx(0.5)
+    assert found.own_unshuffled is not None
+    assert (found.own_shuffled.value, found.own_unshuffled.value) == pytest.approx((0.5, 0.9))
+
+
+def test_controls_may_stand_on_a_sample_but_not_on_other_datasets() -> None:
+    sample = [j for j in judged(1) if j.question.region_id < 10]
+    truth = System(name="truth", role="truth", judged=sample)
+    lacking = System(name="blank", role="blank", judged=judged(0, datasets=("a",)))
+    found = board(System(name="m", judged=judged(0.5)), truth, lacking)
+    assert found.models[0].num_questions == 160
+    assert [(c.role, c.num_regions) for c in found.controls] == [("truth", 20)]
+    assert found.left_out == ("The control blank: it was not judged on every dataset.",)
 
 
 def test_holm() -> None:

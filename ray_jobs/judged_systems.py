@@ -1,0 +1,195 @@
+"""From judged runs to the systems of a leaderboard: which model, prompt and views, with their verdicts and controls.
+
+    systems = read_systems(["s3://lab/runs/one", "s3://lab/runs/two"])
+
+A system is a model with a prompt and a way of showing regions; it may span several runs, one a dataset. Its name is the
+model's and the prompt's, and says more only where that is needed to tell two apart.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from meddam_core.judging.leaderboard import CONTROLS, Role, System
+from meddam_core.judging.scores import Judged
+from meddam_core.judging.verdict_table import JudgedCaption, with_questions
+from qa_library.questions import Question
+from ray_jobs.judging_directory import JUDGE, RUN_SET, Judging, list_judgings
+from ray_jobs.question_files import open_questions
+from ray_jobs.run_directory import RUN, RunDirectory
+
+BATCH_CAPTIONS = 4096
+"""Verdict rows whose questions are looked up at once."""
+OWN_SHUFFLED: Role = "shuffled"
+
+
+@dataclass(slots=True, kw_only=True)
+class JudgedRun:
+    """A run and the judging of it that counts."""
+
+    run: RunDirectory
+    judging: Judging
+    described: dict[str, Any]
+    """Its run.json."""
+    label: str | None = None
+    """The user's name for its model; by default the model's own."""
+
+    @property
+    def model(self) -> str:
+        """What made the captions."""
+        return str(self.described["model"])
+
+
+@dataclass(slots=True)
+class _Questions:
+    """Question tables that were read, without their wording: runs that share one share its questions."""
+
+    held: dict[str, dict[str, Question]] = field(default_factory=dict)
+
+    def join(self, rows: Sequence[JudgedCaption], uri: str, digest: str) -> Iterable[Judged]:
+        """Verdicts with their questions. Raises ValueError where the table has changed since."""
+        known = self.held.setdefault(digest, {})
+        missing = {r.region_id for r in rows if any(v.question_id not in known for v in r.verdicts)}
+        if missing:
+            table = open_questions(uri)
+            if table.digest != digest:
+                raise ValueError(f"{uri} is not the question table that was judged with: it has changed since")
+            for questions in table.of(missing).values():
+                known |= {q.question_id: replace(q, text="", why="", options=()) for q in questions}
+        return with_questions(rows, known)
+
+
+def open_judged(uri: str, judging: str | None = None, label: str | None = None) -> JudgedRun:
+    """A run with its judging; `judging` is a name or the beginning of one, and may be left out where there is one.
+
+    Raises ValueError where the run is not judged, not completely, or by several judges of which none is named.
+    """
+    run = RunDirectory(uri)
+    described = run.read_json(RUN)
+    if described is None:
+        raise ValueError(f"{uri} is not a run directory: it has no {RUN}; give the --out of `meddam caption`")
+    found = [j for j in list_judgings(run) if judging is None or j.name.startswith(judging)]
+    if not found:
+        named = f" under the name {judging}" if judging else ""
+        raise ValueError(f"{uri} is not judged{named}; run `meddam judge {uri} --questions Q` first")
+    if len(found) > 1:
+        raise ValueError(
+            f"{uri} was judged more than once ({', '.join(j.name for j in found)}); say which with --judging NAME"
+        )
+    if not found[0].complete:
+        raise ValueError(
+            f"the judging {found[0].name} of {uri} is not complete; run the same `meddam judge` again first"
+        )
+    return JudgedRun(run=run, judging=found[0], described=described, label=label)
+
+
+def read_systems(runs: Sequence[JudgedRun]) -> list[System]:
+    """The systems that made the captions of these runs, and the controls that were judged with them.
+
+    Raises ValueError where a system's region was judged twice: two runs of the same model, prompt and dataset.
+    """
+    questions = _Questions()
+    verdicts: dict[tuple[str, ...], list[Judged]] = {}
+    shuffled: dict[tuple[str, ...], list[Judged]] = {}
+    facts: dict[tuple[str, ...], dict[str, str]] = {}
+    controls: dict[Role, dict[str, list[Judged]]] = {role: {} for role in CONTROLS}
+    for run in runs:
+        own = _by_prompt(run, RUN_SET, questions)
+        dealt = [j for rows in _by_prompt(run, OWN_SHUFFLED, questions).values() for j in rows]
+        for prompt, rows in own.items():
+            key = (run.label or run.model, _views(run), prompt)
+            verdicts.setdefault(key, []).extend(rows)
+            if len(own) == 1:  # of a run with several prompts one caption a region was dealt out, of whichever
+                shuffled.setdefault(key, []).extend(dealt)
+            facts.setdefault(key, _facts(run, prompt))
+        for role in CONTROLS:
+            if role != OWN_SHUFFLED:
+                _add_control(controls[role], _by_prompt(run, role, questions))
+    names = _names(list(verdicts))
+    systems = [
+        System(name=names[k], judged=rows, facts=facts[k], own_shuffled=shuffled.get(k, ()))
+        for k, rows in verdicts.items()
+    ]
+    for system in systems:
+        _check_once(system)
+    systems += [
+        System(name=role, role=role, judged=[j for rows in found.values() for j in rows])
+        for role, found in controls.items()
+        if found
+    ]
+    return systems
+
+
+def _by_prompt(run: JudgedRun, of: str, questions: _Questions) -> dict[str, list[Judged]]:
+    described = run.judging.read_json(JUDGE)
+    assert described is not None
+    uri, digest = described["questions"]["uri"], described["questions"]["digest"]
+    found: dict[str, list[Judged]] = {}
+    for batch in _batched(run.judging.rows(of)):
+        prompts = {(r.region_id, r.caption_key): r.prompt_id for r in batch}
+        for judged in questions.join(batch, uri, digest):
+            prompt = prompts[judged.question.region_id, judged.caption]
+            found.setdefault(prompt, []).append(judged)
+    return found
+
+
+def _batched(rows: Iterable[JudgedCaption]) -> Iterable[list[JudgedCaption]]:
+    batch: list[JudgedCaption] = []
+    for row in rows:
+        batch.append(row)
+        if len(batch) == BATCH_CAPTIONS:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _add_control(held: dict[str, list[Judged]], found: Mapping[str, Sequence[Judged]]) -> None:
+    """A control depends on the labels alone: of runs on the same dataset the first one's will do."""
+    rows = [j for some in found.values() for j in some]
+    for dataset in {j.question.dataset for j in rows} - held.keys():
+        held[dataset] = [j for j in rows if j.question.dataset == dataset]
+
+
+def _check_once(system: System) -> None:
+    seen: set[tuple[str, str, str]] = set()
+    for row in system.judged:
+        key = (row.question.dataset, row.question.question_id, row.caption)
+        if key in seen:
+            raise ValueError(
+                f"{system.name} was judged twice on {row.question.dataset}: leave one of its runs out, or name their "
+                "models apart with --label"
+            )
+        seen.add(key)
+
+
+def _views(run: JudgedRun) -> str:
+    """How regions were shown, where not as the recipes say."""
+    views = run.described["fingerprint"].get("views") or {}
+    return ", ".join(f"{k} {v}" for k, v in views.items() if k != "size" and v is not None)
+
+
+def _facts(run: JudgedRun, prompt: str) -> dict[str, str]:
+    engine = run.described["fingerprint"].get("engine") or {}
+    told = {
+        "model": run.model, "engine": str(engine.get("engine", "")), "prompt": prompt,
+        "views": _views(run) or "by recipe",
+    }  # fmt: skip
+    return {name: value for name, value in told.items() if value}
+
+
+def _names(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
+    """The shortest names that tell systems apart: model and prompt, then views, then the whole model."""
+    for whole, with_views in ((False, False), (False, True), (True, True)):
+        names = {k: _name(k, whole, with_views) for k in keys}
+        if len(set(names.values())) == len(keys):
+            break
+    return names
+
+
+def _name(key: tuple[str, ...], whole: bool, with_views: bool) -> str:
+    model, views, prompt = key
+    parts = [model if whole else model.partition("@")[0], prompt, (views or "views by recipe") if with_views else ""]
+    return ", ".join(p for p in parts if p)
