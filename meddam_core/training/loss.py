@@ -1,0 +1,72 @@
+"""The loss: minus the log-probability of the caption's tokens, given the prompt and the views.
+
+    total = CaptionLoss(dam)(batch)            # summed over tokens
+    (total / num_targets_of_all_workers).backward()
+
+Sums, not means, leave a batch's loss independent of how it is divided over micro-batches and workers.
+
+Axes: B examples, L positions, T image tokens a view, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
+
+from meddam_core.dam.model import Dam
+from meddam_core.dam.tokens import IMAGE_TOKEN_ID
+from meddam_core.training.batch import IGNORED, Batch
+
+
+class CaptionLoss(nn.Module):
+    """A DAM with its loss, as one module, so that data-parallel wrappers can hold it."""
+
+    def __init__(self, dam: Dam, *, checkpointing: bool = False, autocast: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.dam = dam
+        self._autocast = autocast
+        if checkpointing:
+            for layer in [*dam.llm.layers(), *dam.vision_tower.vision_model.encoder.layers]:
+                _recompute(layer)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The summed loss of a batch, float32 scalar."""
+        device = self.dam.device
+        with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None), _attention(device):
+            return caption_loss(self.dam, batch.to(device))
+
+
+def caption_loss(dam: Dam, batch: Batch) -> Tensor:
+    """Summed cross-entropy of the targets. Each row of `batch` holds one view."""
+    tokens_BTD = dam.encode(batch.views_B8SS)
+    is_image_BL = batch.ids_BL == IMAGE_TOKEN_ID
+    rows_BLD = dam.llm.embed(batch.ids_BL.clamp(min=0)).to(tokens_BTD.dtype)
+    rows_BLD = rows_BLD.masked_scatter(is_image_BL[..., None], tokens_BTD)
+    hidden_BLD, _ = dam.llm(rows_BLD)
+    learnt_BL = batch.targets_BL != IGNORED
+    logits_NV = dam.llm.logits(hidden_BLD[learnt_BL])  # only where something is learnt: a third of the positions
+    return F.cross_entropy(logits_NV.float(), batch.targets_BL[learnt_BL], reduction="sum")
+
+
+def _attention(device: torch.device) -> AbstractContextManager[None]:
+    """On a CPU the composed kernel: the fused one's backward pass takes three times as long in bfloat16."""
+    return sdpa_kernel(SDPBackend.MATH if device.type == "cpu" else [
+        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+    ])  # fmt: skip
+
+
+def _recompute(layer: nn.Module) -> None:
+    """Makes a layer keep only its inputs for the backward pass, and compute the rest again."""
+    forward = layer.forward
+
+    def recomputed(*args: object) -> object:
+        if not torch.is_grad_enabled():
+            return forward(*args)
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    layer.forward = recomputed

@@ -1,0 +1,66 @@
+"""The dimensions and the tokenizer of a small DAM that is trained from scratch: `meddam finetune --model tiny`.
+
+Everything DAM has is there in small: two views, one tower, gated adapters whose gates start at zero, projector,
+language model. Its features are those after the last layer, so that no layer is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from meddam_core.dam.architecture import ContextConfig, DamConfig, LlmConfig, ViewConfig, VisionConfig
+from meddam_core.dam.checkpoint import random_dam
+from meddam_core.dam.model import Dam
+from meddam_core.dam.tokens import Tokenizer
+from meddam_core.prompts import LENGTHS, load_prompt
+from meddam_core.training.vocabulary import prompt_lines, train_tokenizer
+
+VIEW_SIZE = 128
+VOCABULARY = 640
+_EXPERTS = ("", "-chest-film", "-lung-ct", "-dermatology")
+
+PROMPTS = ("dam-default", *(f"meddam-v1{expert}+{length}" for expert in _EXPERTS for length in LENGTHS))
+"""Whose lines the tokenizer keeps whole."""
+
+
+def tiny_config(vocab_size: int) -> DamConfig:
+    """About five million parameters."""
+    return DamConfig(
+        llm=LlmConfig(
+            vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=6,
+            eos_token_ids=(2,), max_position_embeddings=512, tokenizer_model_max_length=512,
+        ),
+        vision=VisionConfig(
+            hidden_size=160, intermediate_size=640, num_layers=5, num_heads=5, image_size=VIEW_SIZE, patch_size=16
+        ),
+        context=ContextConfig(num_layers=5, num_heads=5, intermediate_size=320, patch_size=16),
+        view=ViewConfig(size=VIEW_SIZE),
+        select_layer=-1,
+    )  # fmt: skip
+
+
+def new_dam(captions: Sequence[str], seed: int) -> Dam:
+    """A DAM with a tokenizer made from captions and weights drawn with the seed, its gates at zero."""
+    files = train_tokenizer(captions, prompt_lines(load_prompt(p).text for p in PROMPTS), VOCABULARY)
+    tokenizer = Tokenizer(files)
+    dam = random_dam(tiny_config(len(tokenizer)), seed, tokenizer, zero_gates=True)
+    with torch.no_grad():
+        for name, parameter in dam.named_parameters():
+            start_small(name, parameter)
+    return dam.train()
+
+
+def start_small(name: str, parameter: torch.Tensor) -> None:
+    """Embeddings of deviation 0.02 to start with: random_dam's are for showing every part of a network at work."""
+    if name.endswith(("embed_tokens.weight", "position_embedding.weight")):
+        parameter.mul_(0.02)
+    elif name.endswith("lm_head.weight"):
+        parameter.mul_(0.1)
+    elif parameter.ndim == 1 and name.endswith("bias"):
+        parameter.zero_()
+    elif parameter.ndim == 1 and name.endswith("weight"):
+        parameter.fill_(1.0)
+    elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
+        parameter.mul_(0.3)  # what is added to the residual stream starts small
