@@ -5,7 +5,7 @@
     if rank == 0:
         engine = MiiEngine(dam, tp_size=2)       # an engine like any other; close() lets the others go
     else:
-        follow(dam, tp_size=2)                   # returns when rank 0 closes its engine
+        follow(dam, tp_size=2)                   # of mii.follower; returns when rank 0 closes its engine
 
 Rank 0 schedules, chooses tokens and runs the vision tower; every forward and every release is announced to the others,
 which do the same. Announcements go over gloo, the layers' sums over the device's own backend. The weights are cut by
@@ -22,9 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed
-
-from meddam_core.dam.model import Dam
-from meddam_core.engines.mii import compat
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +76,3 @@ def join(size: int, device: torch.device) -> TensorGroup:
         raise ValueError(f"tp_size is {size} and {world} processes take part; an engine uses all of its processes")
     control = torch.distributed.new_group(backend="gloo")
     return TensorGroup(torch.distributed.get_rank(), size, control, owned)
-
-
-def follow(dam: Dam, tp_size: int) -> None:
-    """Serves as one of the other ranks until rank 0 closes its engine. `dam`: the same checkpoint; emptied."""
-    compat.import_deepspeed()
-    group = join(tp_size, dam.device)
-    kernels, limits, keep_weights = group.receive()
-    if kernels == "cuda":
-        from meddam_core.engines.mii.ops import load_ops
-
-        load_ops()
-    from meddam_core.engines.mii.model import VisualRows
-    from meddam_core.engines.mii.startup import build_ragged_engine
-
-    ragged = build_ragged_engine(dam, kernels, limits, keep_weights, group)
-    while (message := group.receive()) is not None:
-        if isinstance(message, int):
-            ragged._model.visual.pop(message, None)
-            ragged.flush(message)
-            continue
-        uids, tokens, visual = message
-        for uid, (positions, rows) in visual.items():
-            ragged._model.visual[uid] = VisualRows(positions, rows.to(dam.device))
-        ragged.put(uids, tokens)
-    group.leave()

@@ -18,7 +18,7 @@ RANK = """
 import os, json, torch
 torch.set_num_threads(1)
 from meddam_core.engines.mii.engine import MiiEngine
-from meddam_core.engines.mii.tensor_parallel import follow
+from meddam_core.engines.mii.follower import follow
 from tests.meddam_core.engines.mii.test_tensor_parallel import the_dam, the_requests
 if os.environ["RANK"] == "0":
     engine = MiiEngine(the_dam(), tp_size=2, token_budget=200, num_blocks=20)
