@@ -199,6 +199,8 @@ class PhantomsConfig(Config):
     """Never draw lesions of these combinations."""
     distractors: bool = True
     """Whether distractors and normal tissue are regions too."""
+    generator: str = Field("first", pattern="^(first|second)$")
+    """second: painted by other means, to test what was learnt from the first; sizes and combinations cannot be set."""
 
     def source(self) -> Source:
         options = Options(
@@ -208,6 +210,7 @@ class PhantomsConfig(Config):
         return Phantoms(
             count=self.count, kinds=self.kinds, seed=self.phantom_seed, first=self.first, split=self.split,
             options=options, distractors=self.distractors,
+            generator="second" if self.generator == "second" else "first",
         )  # fmt: skip
 
 

@@ -12,17 +12,18 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from typing import get_args
+from typing import Literal, get_args
 
 from meddam_core.datasets.base import Source, SourceItem, SourceRegion
 from meddam_core.datasets.phantoms.phantom import Options, Phantom, check_options, make_phantom
 from meddam_core.datasets.phantoms.scene import KINDS, Kind
+from meddam_core.datasets.phantoms.second import SecondPhantom, make_second
 from meddam_core.imaging.decoded import Decoded
 from meddam_core.imaging.limits import Limits
 from meddam_core.records import Egress
 from meddam_core.regions.masks import rle_of
 
-__all__ = ["KINDS", "VERSION", "Options", "Phantom", "Phantoms", "make_phantom"]
+__all__ = ["KINDS", "VERSION", "Options", "Phantom", "Phantoms", "make_phantom", "make_second"]
 
 VERSION = "1"
 """Of the generator's meaning; a new one gives other pictures for the same seed."""
@@ -39,6 +40,8 @@ class Phantoms(Source):
     """Number of the first phantom: sets with the same seed and other numbers share no picture."""
     split: str = "all"
     options: Options = field(default_factory=Options)
+    generator: Literal["first", "second"] = "first"
+    """second: written otherwise, for testing what was learnt from the first; it takes no options."""
     distractors: bool = True
     """Whether distractors and normal tissue are regions to describe, or only in the picture."""
     dataset: str = "phantoms"
@@ -56,7 +59,10 @@ class Phantoms(Source):
 
     def fingerprint(self) -> str:
         """Of everything that decides the pictures."""
-        return hashlib.sha256(f"{VERSION} {sorted(asdict(self).items())!r}".encode()).hexdigest()
+        facts = asdict(self)
+        if self.generator == "first":  # sets that were made before there was a second one keep their fingerprint
+            del facts["generator"]
+        return hashlib.sha256(f"{VERSION} {sorted(facts.items())!r}".encode()).hexdigest()
 
     def items(self) -> Iterator[SourceItem]:
         """One item a phantom; its picture and regions come with `load`."""
@@ -68,7 +74,11 @@ class Phantoms(Source):
     def load(self, item: SourceItem, limits: Limits) -> tuple[Decoded, list[SourceRegion]]:
         """Paints the phantom that the item names."""
         kind, seed, number = item.key.split("/")
-        phantom = make_phantom(kind, int(seed), int(number), self.options)  # type: ignore[arg-type]
+        phantom: Phantom | SecondPhantom
+        if self.generator == "second":
+            phantom = make_second(kind, int(seed), int(number))  # type: ignore[arg-type]
+        else:
+            phantom = make_phantom(kind, int(seed), int(number), self.options)  # type: ignore[arg-type]
         wanted = [r for r in phantom.regions if self.distractors or r.truth["kind"] == "lesion"]
         regions = [
             SourceRegion(ordinal=i, segmentation=asdict(rle_of(region.mask_HW)), labels=region.labels())
@@ -77,7 +87,7 @@ class Phantoms(Source):
         return _decoded(phantom), regions
 
 
-def _decoded(phantom: Phantom) -> Decoded:
+def _decoded(phantom: Phantom | SecondPhantom) -> Decoded:
     return Decoded(
         stored=phantom.stored, stored_bits=8 if phantom.stored.ndim == 3 else 12, rescale=phantom.rescale,
         window=phantom.window, photometric=phantom.photometric, decoder=f"meddam phantoms {VERSION}",
