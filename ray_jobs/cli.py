@@ -29,11 +29,14 @@ from ray_jobs import (
     audit,
     caption,
     caption_config,
+    captions_import,
     demo,
     describe,
     finetune,
     finetune_config,
     ingest,
+    judge,
+    judge_config,
     leaderboard,
     qa,
     report,
@@ -190,9 +193,20 @@ def _qa_show(
 
 _job("build", qa.Config, qa.run, ["shards"], {"out": "-o"}, inspect.getdoc(qa.Config) or "", _qa)
 
+_captions = typer.Typer(help="Captions of other systems.", no_args_is_help=True)
+app.add_typer(_captions, name="captions")
+_job("import", captions_import.Config, captions_import.run, ["table"], {"out": "-o", "model": "-m"},
+     inspect.getdoc(captions_import.Config) or "", _captions)  # fmt: skip
+_job("list", captions_import.ListConfig, captions_import.list_regions, ["shards"], {"out": "-o"},
+     inspect.getdoc(captions_import.ListConfig) or "", _captions)  # fmt: skip
+
 _job(
     "finetune", finetune_config.Config, finetune.run, ["shards"], {"out": "-o", "model": "-m"},
     "Train a DAM on SHARDS and their captions. Run the same command again to resume.",
+)  # fmt: skip
+_job(
+    "judge", judge_config.Config, judge.run, ["run"], {"questions": "-q"},
+    "Judge the captions of RUN by a question table, and score them. Run the same command again to resume.",
 )  # fmt: skip
 _job(
     "report", report.Config, report.run, ["run"], {"out": "-o"},
@@ -202,6 +216,7 @@ _job(
     "leaderboard", leaderboard.Config, leaderboard.run, ["runs"], {"out": "-o"},
     "Compare judged runs: scores with intervals, paired tests, controls; a page, a CSV and YAML.",
 )  # fmt: skip
+_job("status", status.Config, status.run, ["run"], {}, "Say where a run stands, from its run directory alone.")
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 
 

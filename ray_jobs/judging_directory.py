@@ -70,11 +70,15 @@ class Judging:
 
     def rows(self, of: str = RUN_SET) -> Iterator[JudgedCaption]:
         """The verdict rows of a set, a file in memory at a time. Raises ValueError where nothing was judged."""
+        for uri in self.verdict_files(of):
+            yield from self.rows_of(uri)
+
+    def rows_of(self, uri: str) -> Iterator[JudgedCaption]:
+        """The rows of one verdict file. Raises ValueError where nothing was judged."""
         described = self.read_json(JUDGE)
         if described is None:
             raise ValueError(f"{self.at()} is no judging: it has no {JUDGE}; make one with `meddam judge`")
-        for uri in self.verdict_files(of):
-            yield from from_table(pq.read_table(io.BytesIO(storage.read_bytes(uri))), described["judge"])
+        return from_table(pq.read_table(io.BytesIO(storage.read_bytes(uri))), described["judge"])
 
 
 def list_judgings(run: RunDirectory) -> list[Judging]:

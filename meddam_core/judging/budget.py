@@ -6,11 +6,13 @@
 
 Notes:
 - In no window of sixty seconds do calls of more requests or tokens than allowed reach the server: a call counts for a
-  minute and `slack_s`, by which two calls' ways to the server may differ.
+  minute from when it reached the server at the latest, which is `slack_s` after the permit, or its reply.
 - A book starts empty: as though the last minute had been used to the full, evenly. So a job that is killed and
   restarted does not get a second minute's allowance. `state` and `restore` carry the true past, and the dollars.
 - Tokens and dollars are reserved by estimate before a call, and corrected by what was used after it.
 - Concurrency adapts: a rate-limit answer halves it, at most once in a while, and each full round of successes adds one.
+- A server is believed when it asks for a pause of up to a minute. For longer ones, and where it only hints that nothing
+  is left, one call at a time is let through: when that succeeds it was not so.
 - The clock must not jump backwards (monotonic); ages, not times, are saved.
 """
 
@@ -25,6 +27,11 @@ from typing import Any
 WINDOW_S = 60.0
 HALVE_EVERY_S = 5.0
 """A burst of rate-limit answers is one reason to slow down, not many."""
+LONGEST_PAUSE_S = 60.0
+"""A minute's quota cannot need more; what asks for more is probed by single calls."""
+HINTS_BELIEVED = 3
+"""Headers that said "nothing left" and were wrong this often are not read any more."""
+FADE_SLACK_S = 0.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,8 +42,8 @@ class Limits:
     tokens_per_min: float | None = None
     max_concurrent: int = 32
     max_usd: float | None = None
-    slack_s: float = 0.5
-    """How much longer one call may take to reach the server than another. Costs its share of a minute."""
+    slack_s: float = 1.5
+    """How long a call may take to reach the server, where no reply shows that it was there sooner."""
 
     def __post_init__(self) -> None:
         for name in ("requests_per_min", "tokens_per_min"):
@@ -91,10 +98,15 @@ class PermitBook:
         self._phantom_share = 1.0
         """Share of a full minute that is assumed used before the start; fades evenly over the window."""
         self._past: deque[Permit] = deque()
+        self._in_order = True
         self._open: dict[int, Permit] = {}
         self._requests = 0.0
         self._tokens = 0.0
         self._not_before = -math.inf
+        self._probing_since = self._probing_until = -math.inf
+        """While it lasts one call runs at a time; the success of one that began within it ends it."""
+        self._hinted = False
+        self.num_wrong_hints = 0
         self._halved = -math.inf
         self._successes = 0
 
@@ -113,6 +125,8 @@ class PermitBook:
             return Spent("one call needs more tokens than a minute allows")
         if now < self._not_before:
             return Wait(self._not_before - now, "the server asked for a pause")
+        if self.num_running and now < self._probing_until:
+            return Wait(min(self._probing_until - now, HALVE_EVERY_S), "one call at a time, until the server takes one")
         if self.num_running >= max(1, int(self.concurrency)):
             return Wait(HALVE_EVERY_S, "as many calls as allowed are running")
         self._expire(now)
@@ -129,15 +143,26 @@ class PermitBook:
             return Wait(seconds, "the minute's allowance is used")
         return self._grant(now, tokens, usd)
 
-    def settle(self, permit: Permit, *, tokens: float | None = None, usd: float | None = None) -> None:
+    def settle(
+        self,
+        permit: Permit,
+        *,
+        tokens: float | None = None,
+        usd: float | None = None,
+        replied_ago_s: float | None = None,
+    ) -> None:
         """A call has ended; what it really used replaces the estimate.
 
+        `replied_ago_s` is how long ago the server's reply came: by then the call had reached it.
         Raises ValueError for a permit that was settled before.
         """
         if self._open.pop(permit.id, None) is None:
             raise ValueError("this permit was settled before")
         now = self.clock()
         self.spent_usd += permit.usd if usd is None else usd
+        if replied_ago_s is not None and now - replied_ago_s + WINDOW_S < permit.leaves:
+            permit.leaves = max(now - replied_ago_s, permit.started) + WINDOW_S
+            self._in_order = False
         if tokens is not None:
             self._tokens += tokens - permit.tokens if permit.leaves > now else 0.0
             permit.tokens = tokens
@@ -149,8 +174,15 @@ class PermitBook:
             self._past.remove(permit)
             self._requests -= 1
 
-    def succeeded(self) -> None:
-        """The server answered: after a full round of answers one more call may run at once."""
+    def succeeded(self, started: float | None = None) -> None:
+        """The server answered: after a full round of answers one more call may run at once.
+
+        `started` is when the call began, by this book's clock: one that began while nothing was said to be left shows
+        that it was not so.
+        """
+        if started is not None and self.clock() < self._probing_until and started > self._probing_since:
+            self._probing_until = -math.inf
+            self.num_wrong_hints += self._hinted
         self._successes += 1
         if self._successes >= self.concurrency:
             self._successes = 0
@@ -160,10 +192,33 @@ class PermitBook:
         """The server said that it is too much: run half as many at once, and nothing before the time it asks for."""
         now = self.clock()
         if retry_after_s is not None:
-            self._not_before = max(self._not_before, now + retry_after_s)
+            self._not_before = max(self._not_before, now + min(retry_after_s, LONGEST_PAUSE_S))
+            if retry_after_s > LONGEST_PAUSE_S:
+                self._probe(now, now + retry_after_s)
         if now - self._halved >= HALVE_EVERY_S:
             self.concurrency = max(1.0, self.concurrency / 2)
             self._halved, self._successes = now, 0
+
+    def hinted(self, remaining: int | None, reset_s: float | None) -> None:
+        """What a reply's headers say is left, and when all is back. 0 is probed before it is believed."""
+        if remaining == 0 and self.num_wrong_hints < HINTS_BELIEVED:
+            now = self.clock()
+            self._probe(now, now + min(1.0 if reset_s is None else reset_s, LONGEST_PAUSE_S), hint=True)
+
+    def pause(self, seconds: float) -> None:
+        """No call begins for so long."""
+        self._not_before = max(self._not_before, self.clock() + seconds)
+
+    def down(self, seconds: float) -> None:
+        """The server seems to be down: a pause, then one call at a time until one succeeds."""
+        self.pause(seconds)
+        self._probe(self.clock(), math.inf)
+
+    def _probe(self, now: float, until: float, hint: bool = False) -> None:
+        if now >= self._probing_until:
+            self._probing_since = now
+            self._hinted = hint
+        self._probing_until = max(self._probing_until, until)
 
     @property
     def committed_usd(self) -> float:
@@ -196,10 +251,10 @@ class PermitBook:
         for left, tokens in sorted(state["calls"]):
             if left - age_s > 0:
                 self._count(Permit(-1, now, float(tokens), 0.0, now + left - age_s))
-        faded = max(0.0, float(state["assumed"]) - age_s / self._window)
+        faded = max(0.0, float(state["assumed"]) - age_s / self._fade)
         pairs = ((self._requests, self.limits.requests_per_min), (self._tokens, self.limits.tokens_per_min))
         used = max(used / limit if limit else 0.0 for used, limit in pairs)
-        unknown = min(1.0, age_s / self._window)  # at most what a paced job grants in that time
+        unknown = min(1.0, age_s / self._fade)  # at most what a paced job grants in that time
         self._started, self._phantom_share = now, min(1.0, max(0.0, min(faded + unknown, 1.0 - used)))
 
     # -- the window ----------------------------------------------------------------------------------------------------
@@ -208,9 +263,14 @@ class PermitBook:
     def _window(self) -> float:
         return WINDOW_S + self.limits.slack_s
 
+    @property
+    def _fade(self) -> float:
+        """What is assumed of the time before the start was even, so that a late call is one of many."""
+        return WINDOW_S + min(self.limits.slack_s, FADE_SLACK_S)
+
     def _assumed(self, at: float) -> float:
         """Share of the allowance still taken by the time before the start."""
-        return max(0.0, self._phantom_share - (at - self._started) / self._window)
+        return max(0.0, self._phantom_share - (at - self._started) / self._fade)
 
     def _until(self, now: float, limit: float, used: float, need: float, size: Callable[[Permit], float]) -> float:
         """Seconds until a call fits in."""
@@ -218,7 +278,7 @@ class PermitBook:
         for permit in (*self._past, None):  # between two calls leaving the window only the assumed past fades
             room = (limit - used - need) / limit + 1e-12
             if room >= 0:
-                fits = max(at, self._started + (self._phantom_share - room) * self._window)
+                fits = max(at, self._started + (self._phantom_share - room) * self._fade)
                 if permit is None or fits < permit.leaves:
                     return max(0.0, fits - now)
             if permit is not None:
@@ -239,6 +299,9 @@ class PermitBook:
         self._tokens += permit.tokens
 
     def _expire(self, now: float) -> None:
+        if not self._in_order:
+            self._past = deque(sorted(self._past, key=lambda p: p.leaves))
+            self._in_order = True
         while self._past and self._past[0].leaves <= now:
             permit = self._past.popleft()
             self._requests -= 1

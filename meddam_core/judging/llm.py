@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
@@ -94,6 +95,13 @@ class RateHeaders:
 
     remaining_requests: int | None = None
     remaining_tokens: int | None = None
+    reset_s: float | None = None
+    """Seconds until what is used up is there again."""
+
+    @property
+    def remaining(self) -> int | None:
+        """The scarcer of the two; None where the server says neither."""
+        return min((r for r in (self.remaining_requests, self.remaining_tokens) if r is not None), default=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,4 +287,20 @@ def _rate_headers(headers: Mapping[str, str]) -> RateHeaders:
         value = headers.get(name, "")
         return int(value) if value.isdecimal() and len(value) < 12 else None
 
-    return RateHeaders(number("x-ratelimit-remaining-requests"), number("x-ratelimit-remaining-tokens"))
+    requests, tokens = number("x-ratelimit-remaining-requests"), number("x-ratelimit-remaining-tokens")
+    scarce = "requests" if requests == 0 else "tokens"
+    return RateHeaders(requests, tokens, duration_s(headers.get(f"x-ratelimit-reset-{scarce}", "")))
+
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s)?(?:(\d+(?:\.\d+)?)ms)?")
+
+
+def duration_s(text: str) -> float | None:
+    """Seconds of "1s", "6m0s", "20ms" or a plain number; None for anything else."""
+    match = re.fullmatch(r"\d+(\.\d+)?", text) or (_DURATION.fullmatch(text) if text else None)
+    if match is None:
+        return None
+    if match.re is not _DURATION:
+        return min(float(text), 3600.0)
+    hours, minutes, seconds, milliseconds = (float(g or 0) for g in match.groups())
+    return min(hours * 3600 + minutes * 60 + seconds + milliseconds / 1000, 3600.0)

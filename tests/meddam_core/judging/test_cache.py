@@ -137,3 +137,30 @@ def test_ten_thousand_verdicts_are_quick_to_find(tmp_path: Path) -> None:
 def test_a_writers_name_is_part_of_file_names(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="letters and digits"):
         VerdictCache(str(tmp_path), "../x")
+
+
+def test_many_small_parts_become_few_and_nothing_is_lost(tmp_path: Path) -> None:
+    cache = VerdictCache(str(tmp_path), "w")
+    early = VerdictCache(str(tmp_path), "r")
+    for i in range(3):
+        cache.put({k: decided(MARGIN, "sharp", "j", hedged=i == 1) for k in keys(str(i))})
+    early.refresh()
+    for i in range(3, 70):
+        cache.put({k: decided(MARGIN, "sharp", "j") for k in keys(str(i))})
+    assert len(list((tmp_path / "parts").iterdir())) <= 2 + 2 * 70 % 32 + 8
+    assert len(list((tmp_path / "manifests").iterdir())) <= 34
+    early.refresh()
+    for reader in (cache, early, VerdictCache(str(tmp_path))):
+        found = reader.get(keys(*map(str, range(70))), [MARGIN] * 70, "j")
+        assert [v is not None and v.hedged for v in found] == [i == 1 for i in range(70)]
+        assert reader.num_passed_over == 0
+        assert len(reader) == 70
+
+
+def test_a_ledger_keeps_what_decides_nothing(tmp_path: Path) -> None:
+    ledger = VerdictCache(str(tmp_path), keep_unscored=True)
+    ledger.put({k: unscored(MARGIN, Unscored.REFUSED, "j") for k in keys(CAPTION)})
+    for reader in (ledger, VerdictCache(str(tmp_path), keep_unscored=True)):
+        (found,) = reader.get(keys(CAPTION), [MARGIN], "j")
+        assert found is not None
+        assert (found.outcome, found.reason, found.choice, found.cached) == ("unscored", Unscored.REFUSED, None, True)

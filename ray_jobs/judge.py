@@ -1,0 +1,214 @@
+"""Judge the captions of a run: does each caption bear out what is known about its region?
+
+    meddam judge s3://bucket/runs/one --questions s3://bucket/questions
+    meddam judge s3://bucket/runs/one --questions s3://bucket/questions --judge llm --model llama-3.1-8b \\
+        --base-url http://judge:8000/v1 --retention inside --requests-per-min 600
+
+Run the same command again after any failure, or with more --max-usd: it goes on where it stopped. Exit codes: see
+ray_jobs.summary. What is written: ray_jobs.judging_directory.
+
+Invariants:
+- one-to-one over captions, partitioned like the caption files; each verdict file has a name of its own and appears
+  whole, so that a second driver, or a second attempt of an actor, writes the same file again;
+- nothing is paid for twice but calls that were in flight when a process was killed;
+- the driver holds ids and counts, never captions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from meddam_core import storage
+from meddam_core.judging.protocol import Unscored
+from meddam_core.judging.verdict_table import JudgedCaption, to_table
+from qa_library.questions import Question
+from ray_jobs.judge_calls import JudgeStopped
+from ray_jobs.judge_config import Config
+from ray_jobs.judge_estimate import Estimate, estimate
+from ray_jobs.judge_plan import Plan, Slice, make_plan, read_slice, write_controls
+from ray_jobs.judge_summary import Summary, finish, now
+from ray_jobs.judges import Bench
+from ray_jobs.judging_directory import JUDGE, RUN_SET
+from ray_jobs.lease import Lease
+from ray_jobs.permits import end_permits, start_permits
+from ray_jobs.question_files import QuestionFiles, open_questions
+from ray_jobs.run_directory import SUMMARY, RunDirectory
+from ray_jobs.session import session
+
+logger = logging.getLogger(__name__)
+LOG_EVERY_S = 10.0
+CALLS_PER_ACTOR = 4
+"""Verdict files that an actor works on at once, so that the end of one does not leave the endpoint idle."""
+
+
+def run(cfg: Config) -> Summary | Estimate:
+    """Judges what is not judged yet, and scores it.
+
+    Raises ValueError for what cannot work, before the first call; LeaseHeld where another driver is at it.
+    """
+    plan = make_plan(cfg, RunDirectory(cfg.run), open_questions(cfg.questions))
+    if cfg.dry_run:
+        return estimate(plan)
+    earlier = plan.judging.read_json(SUMMARY)
+    if earlier is not None and earlier["state"] == "complete" and not cfg.retry_unscored:
+        _check_same(plan)
+        return Summary.model_validate(earlier)
+    storage.check_writable(plan.judging.at())
+    with Lease(plan.judging.at()):
+        _begin(plan)
+        with session(cfg.num_cpus):
+            return _judge(plan)
+
+
+def _begin(plan: Plan) -> None:
+    """judge.json and the controls, where this is a new judging."""
+    if plan.judging.read_json(JUDGE) is None:
+        write_controls(plan)
+        plan.judging.write_json(
+            {
+                "judge": plan.judge, "questions": {"uri": plan.questions.uri, "digest": plan.questions.digest},
+                "generation": plan.generation, "fingerprint": plan.fingerprint,
+                "config": plan.cfg.model_dump(mode="json"), "begun_at": now(),
+            },
+            JUDGE,
+        )  # fmt: skip
+    _check_same(plan)
+    if plan.cfg.retry_unscored:
+        _forget_unscored(plan)
+
+
+def _check_same(plan: Plan) -> None:
+    from ray_jobs.fingerprint import differences
+
+    described = plan.judging.read_json(JUDGE)
+    then = described["fingerprint"] if described is not None else {}
+    if changed := differences(then, plan.fingerprint):
+        listed = "\n".join(f"  {c}" for c in changed)
+        raise ValueError(f"{plan.judging.at()} is another judging:\n{listed}\nGive another --name, or none.")
+
+
+def _forget_unscored(plan: Plan) -> None:
+    """Removes the summary, the ledger, and the verdict files with questions that a judge did not decide."""
+    storage.delete(plan.judging.at(SUMMARY))
+    for info in storage.list_files(plan.judging.at("ledger"), recursive=True):
+        plan.judging.run.filesystem.delete_file(info.path)
+    for of in (RUN_SET, *plan.cfg.wanted_controls):
+        open_files = {
+            uri for uri in plan.judging.verdict_files(of)
+            for row in plan.judging.rows_of(uri)
+            if any(v.reason not in (None, Unscored.NO_CAPTION) for v in row.verdicts)
+        }  # fmt: skip
+        for uri in open_files:
+            storage.delete(uri)
+
+
+def _judge(plan: Plan) -> Summary:
+    started = time.monotonic()
+    cfg, name = plan.cfg, plan.judging.at()
+    slices = plan.slices()
+    done = {uri for of in (RUN_SET, *cfg.wanted_controls) for uri in plan.judging.verdict_files(of)}
+    left = [s for s in slices if s.out not in done]
+    actors: dict[str, Any] = {}
+    urls = sorted({e.base_url for e in cfg.endpoints})
+    for i, url in enumerate(urls):
+        actors[url] = start_permits(
+            url, cfg.limits, run=name, max_usd=None if cfg.max_usd is None else cfg.max_usd / len(urls),
+            state_uri=plan.judging.at(f"budget-{i}.json"), timeout_s=cfg.timeout_s, patience_s=cfg.patience_s,
+        )  # fmt: skip
+    try:
+        stopped, counts = _run(plan, left, actors) if left else (None, Counter())
+    finally:
+        totals = [end_permits(actor, name) for actor in actors.values()]
+    return finish(plan, slices, stopped, counts, totals, time.monotonic() - started)
+
+
+def _run(plan: Plan, slices: list[Slice], actors: dict[str, Any]) -> tuple[str | None, Counter[str]]:
+    """Judges the slices. Returns why it was stopped, or None, and counts."""
+    import ray
+
+    cfg = plan.cfg
+    cpus = ray.cluster_resources().get("CPU", 1.0)
+    paid = cfg.judge != "lexical"
+    num = cfg.num_judges or (1 if paid else max(1, int(cpus) - 1))
+    ray.data.DataContext.get_current().checkpoint_config = None  # the names of the files say what is done
+    jobs = ray.data.from_items([asdict(s) for s in slices], override_num_blocks=len(slices))
+    verdicts = jobs.map_batches(  # 1:1  a slice of a caption file -> its verdict file; calls wait, they take no CPU
+        JudgeCaptions, fn_constructor_args=(cfg, plan.questions, actors, plan.judging.at()), batch_size=1,
+        batch_format="pyarrow", num_cpus=0.25 if paid else 1, compute=ray.data.ActorPoolStrategy(
+            size=min(num, len(slices)), max_concurrent_calls_per_actor=CALLS_PER_ACTOR if paid else 1,
+            max_tasks_in_flight_per_actor=2 * CALLS_PER_ACTOR if paid else 2,
+        ),
+    )  # fmt: skip
+    total: Counter[str] = Counter()
+    stopped: str | None = None
+    logged = time.monotonic()
+    for row in verdicts.iter_rows():
+        stopped = stopped or row["stopped"]
+        total.update(json.loads(row["counts"]))
+        if time.monotonic() - logged > LOG_EVERY_S:
+            logged = time.monotonic()
+            logger.info("%s of %s captions judged", f"{total['captions']:,}", f"{sum(s.num for s in slices):,}")
+    return stopped, total
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    row: dict[str, Any]
+    questions: list[Question]
+
+
+class JudgeCaptions:
+    """Slices of caption files to verdict files: an async actor that many slices share."""
+
+    def __init__(self, cfg: Config, questions: QuestionFiles, permits: dict[str, Any], judging: str) -> None:
+        cache = cfg.cache or storage.join(cfg.run, "judging", "cache")
+        self._questions = questions
+        self._bench = Bench(cfg, permits, judging, cache, storage.join(judging, "ledger"))
+
+    async def __call__(self, batch: Any) -> dict[str, list[Any]]:
+        done = [await self._slice(Slice(**job)) for job in batch.to_pylist()]
+        return {"stopped": [why for why, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
+
+    async def _slice(self, job: Slice) -> tuple[str | None, Counter[str]]:
+        rows = await asyncio.to_thread(read_slice, job)
+        questions = await asyncio.to_thread(self._questions.of, {r["region_id"] for r in rows})
+        asked = [_Asked(row, questions.get(row["region_id"], [])) for row in rows]
+        found = await asyncio.gather(*(self._caption(a) for a in asked), return_exceptions=True)
+        judged = [j for j in found if isinstance(j, JudgedCaption)]
+        for failed in found:
+            if isinstance(failed, JudgeStopped):
+                return str(failed), Counter()
+            if isinstance(failed, BaseException):
+                raise failed
+        sink = await asyncio.to_thread(_encode, judged)
+        await asyncio.to_thread(storage.write_bytes, job.out, sink)
+        verdicts = [v for j in judged for v in j.verdicts]
+        return None, Counter(
+            captions=len(judged), verdicts=len(verdicts), cached=sum(v.cached for v in verdicts),
+            unscored=sum(v.outcome == "unscored" for v in verdicts),
+        )  # fmt: skip
+
+    async def _caption(self, asked: _Asked) -> JudgedCaption:
+        row = asked.row
+        text = row["text"] if row["status"] != "failed" else None
+        verdicts, votes = await self._bench.verdicts(asked.questions, text, row["egress"])
+        names = ("region_id", "prompt_id", "sample", "image_id", "dataset", "status")
+        return JudgedCaption(
+            **{n: row[n] for n in names}, cluster=row["patient_key"] or row["image_key"],
+            num_questions=len(asked.questions), verdicts=verdicts, votes=votes,
+        )  # fmt: skip
+
+
+def _encode(rows: list[JudgedCaption]) -> bytes:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = pa.BufferOutputStream()
+    pq.write_table(to_table(rows), sink, compression="zstd")
+    return bytes(sink.getvalue().to_pybytes())
