@@ -40,6 +40,7 @@ from ray_jobs import (
     leaderboard,
     qa,
     report,
+    status,
 )
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
