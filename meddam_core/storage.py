@@ -1,6 +1,7 @@
 """Files on S3 or disk by URI: `s3://bucket/key`, `file:///path` or a plain path.
 
-S3 takes its endpoint from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, its region and credentials from the usual AWS chain.
+S3 takes its endpoint from AWS_ENDPOINT_URL_S3 or AWS_ENDPOINT_URL, its region and credentials from the usual AWS chain,
+a certificate authority of your own from AWS_CA_BUNDLE, and a proxy from HTTPS_PROXY or HTTP_PROXY less NO_PROXY.
 A whole object appears at once or not at all: on S3 by nature, on disk by writing beside it and renaming.
 """
 
@@ -10,10 +11,14 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import pyarrow.fs as pafs
 
+S3_ATTEMPTS = 8
+"""Of one request: a store that throttles answers 503 for seconds."""
 REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ACCESS_DENIED", "Forbidden", "403")
 
 
@@ -55,12 +60,24 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 def _s3_filesystem() -> pafs.S3FileSystem:
     endpoint = s3_endpoint()
     region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    settings: dict[str, Any] = {
+        "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
+        "tls_ca_file_path": os.environ.get("AWS_CA_BUNDLE") or None,
+    }
     if endpoint is None:
-        return pafs.S3FileSystem(region=region)
+        host = f"s3.{region or 'us-east-1'}.amazonaws.com"
+        return pafs.S3FileSystem(region=region, proxy_options=_proxy("https", host), **settings)
     parts = urlsplit(endpoint)
+    scheme = parts.scheme or "https"
     return pafs.S3FileSystem(
-        endpoint_override=parts.netloc or parts.path, scheme=parts.scheme or "https", region=region or "us-east-1"
-    )
+        endpoint_override=parts.netloc or parts.path, scheme=scheme, region=region or "us-east-1",
+        proxy_options=_proxy(scheme, parts.hostname or ""), **settings,
+    )  # fmt: skip
+
+
+def _proxy(scheme: str, host: str) -> str | None:
+    """The proxy that boto3 would use too; pyarrow does not look into the environment for it."""
+    return None if proxy_bypass(host) else getproxies().get(scheme)
 
 
 def read_bytes(uri: str) -> bytes:

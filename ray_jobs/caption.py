@@ -30,9 +30,10 @@ from ray_jobs.lease import Lease
 from ray_jobs.monitor import start_monitor
 from ray_jobs.plan import Plan, finish_summary, open_run
 from ray_jobs.progress import progress
+from ray_jobs.progress_file import ProgressFile
 from ray_jobs.publish import publish
 from ray_jobs.run_directory import SUMMARY, RunDirectory
-from ray_jobs.session import Shares, session, share_cpus
+from ray_jobs.session import Shares, session, share_cpus, stop_on_sigterm, wait_for_gpus
 from ray_jobs.summary import Summary
 
 BLOCK_BYTES = 32 << 20
@@ -59,15 +60,17 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
         plan = open_run(cfg, directory, retry)
         if plan.finished is not None:
             return plan.finished
-        with session(cfg.num_cpus):
+        with ProgressFile(directory, plan.attempt) as shown, session(cfg.num_cpus):
+            stop_on_sigterm()
+            wait_for_gpus(cfg.wait_for_gpus)
             spec = resolve(cfg, plan.prompts, plan.begun_engine)
             monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)
             stopped = None
             for _ in range(MAX_PASSES):  # the second finds nothing left, unless files went missing under the first
                 if stopped is not None or not plan.begin(spec):
                     break
-                stopped = _caption(cfg, plan, spec, monitor)
-            return _publish(plan, monitor, stopped, started)
+                stopped = _caption(cfg, plan, spec, monitor, shown)
+            return _publish(plan, monitor, stopped, started, shown)
 
 
 def _dry_run(cfg: Config, directory: RunDirectory) -> Estimate:
@@ -77,12 +80,14 @@ def _dry_run(cfg: Config, directory: RunDirectory) -> Estimate:
         return estimate(plan, spec, share_cpus(spec.num_captioners, cfg.num_extractors).max_extractors)
 
 
-def _caption(cfg: Config, plan: Plan, spec: CaptionerSpec, monitor: Any) -> str | None:
+def _caption(cfg: Config, plan: Plan, spec: CaptionerSpec, monitor: Any, shown: ProgressFile) -> str | None:
     """One pass over what is missing. Returns why it was stopped, or None."""
     import ray
 
     shares = share_cpus(spec.num_captioners, cfg.num_extractors)
-    with progress(lambda: ray.get(monitor.totals.remote()), plan.num_images_left, plan.num_regions_left):
+    left = (plan.num_images_left, plan.num_regions_left)
+    shown.phase("captioning", num_images_before=plan.num_images - left[0], num_regions_left=left[1])
+    with progress(lambda: ray.get(monitor.totals.remote()), *left, also=shown.update):
         try:
             images = read_shards(plan, shares)  # streams from S3; finished shards are not read again
             regions = images.map_batches(  # 1:1  CPU actors: decode, window, margin, focal crops -> uint8
@@ -139,20 +144,24 @@ def _only(batch: Any, ids: Any) -> Any:
     return batch.filter(pa.array(np.isin(batch["image_id"].to_numpy(), ray.get(ids))))
 
 
-def _publish(plan: Plan, monitor: Any, stopped: str | None, started: float) -> Summary:
+def _publish(plan: Plan, monitor: Any, stopped: str | None, started: float, shown: ProgressFile) -> Summary:
     """Writes the flat table from the parts, audits it, and announces it when nothing is missing or twice."""
     import ray
 
     totals = ray.get(monitor.totals.remote())
     plan.refresh()
     if stopped is not None or plan.num_images_left:
-        return finish_summary(plan, totals, None, None, stopped, started)
+        summary = finish_summary(plan, totals, None, None, stopped, started)
+        shown.finish(summary, totals)
+        return summary
+    shown.phase("publishing")
     generation = publish(plan.directory)
     found = audit(plan.directory, generation.files)
     summary = finish_summary(plan, totals, generation, found, None, started)
     if found.clean:
         plan.directory.write_json(summary.model_dump(mode="json"), SUMMARY)
         plan.clear_checkpoint()
+    shown.finish(summary, totals)
     return summary
 
 

@@ -48,6 +48,8 @@ class Config(BaseModel):
     """Captions an engine decodes at once; by default the engine's choice."""
     num_captioners: int | None = Field(None, ge=1)
     """Actors that hold the model: by default one a GPU of the cluster, or one."""
+    wait_for_gpus: int | None = Field(None, ge=1)
+    """Begin when the cluster has so many GPUs, and ask an autoscaler for them; by default with those that are there."""
     num_extractors: int | None = Field(None, ge=1)
     """Most actors that prepare images; by default what the CPUs allow."""
     images_per_batch: int = Field(16, ge=1)

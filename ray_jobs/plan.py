@@ -68,6 +68,11 @@ class Plan:
         name = self.cfg.model.rstrip("/").rpartition("/")[2]
         return f"{name}@{self.fingerprint['weights'][:12]}"
 
+    @property
+    def num_images(self) -> int:
+        """Images of this attempt, done or not."""
+        return sum(s.num_images for s in self.shards) if self.only is None else len(self.only)
+
     def begin(self, spec: CaptionerSpec) -> bool:
         """Writes run.json where this is a new run, mends the checkpoint, and finds what is left. False: nothing."""
         self.spec = spec

@@ -21,18 +21,20 @@ LOG_EVERY_S = 10.0
 
 @contextmanager
 def progress(
-    totals: Callable[[], Totals], num_images: int, num_regions: int, out: TextIO | None = None
-) -> Iterator[None]:
+    totals: Callable[[], Totals], num_images: int, num_regions: int, out: TextIO | None = None,
+    also: Callable[[Totals], None] | None = None,
+) -> Iterator[None]:  # fmt: skip
     """Shows progress while the block runs.
 
     Args:
         totals: reads the monitor; called from a daemon thread.
         num_images, num_regions: what is to be done in this session, not counting what earlier ones did.
+        also: told the totals each time they are shown.
     """
     stream = out or sys.stderr
     stop = threading.Event()
     thread = threading.Thread(
-        target=_show, args=(totals, num_images, num_regions, stream, stop), name="progress", daemon=True
+        target=_show, args=(totals, num_images, num_regions, stream, stop, also), name="progress", daemon=True
     )
     thread.start()
     try:
@@ -43,16 +45,20 @@ def progress(
 
 
 def _show(
-    totals: Callable[[], Totals], num_images: int, num_regions: int, stream: TextIO, stop: threading.Event
-) -> None:
+    totals: Callable[[], Totals], num_images: int, num_regions: int, stream: TextIO, stop: threading.Event,
+    also: Callable[[Totals], None] | None = None,
+) -> None:  # fmt: skip
     terminal = stream.isatty()
     started = time.monotonic()
     done = False
     while not done:
         done = stop.wait(TERMINAL_EVERY_S if terminal else LOG_EVERY_S)
-        line = progress_line(totals(), num_images, num_regions, time.monotonic() - started)
+        now = totals()
+        line = progress_line(now, num_images, num_regions, time.monotonic() - started)
         stream.write(f"\r\033[K{line}" if terminal else f"{line}\n")
         stream.flush()
+        if also is not None:
+            also(now)
     if terminal:
         stream.write("\n")
 

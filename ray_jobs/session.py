@@ -5,11 +5,18 @@ from __future__ import annotations
 import logging
 import math
 import os
+import signal
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+logger = logging.getLogger(__name__)
+
+WAIT_FOR_GPUS_S = 3600.0
+WAIT_EVERY_S = 10.0
 MIN_CPUS = 2
 """Ray's checkpoint filter takes a whole CPU when a run resumes; a session of one CPU would wait for it for ever."""
 
@@ -76,6 +83,45 @@ def _quiet_ray_data(quiet: bool) -> None:
     if quiet:
         for name in ("ray.data", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def stop_on_sigterm() -> None:
+    """SIGTERM (`ray job stop`, a pod's or Slurm job's end) ends a job as Ctrl-C does: cleanly, with its exit code.
+
+    Called once Ray is there, whose own handler would end the driver with code 15.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _interrupt)
+
+
+def _interrupt(signum: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def wait_for_gpus(num: int | None, timeout_s: float = WAIT_FOR_GPUS_S) -> None:
+    """Returns when the cluster has `num` GPUs, for which an autoscaler is asked; at once for None.
+
+    A job counts GPUs once, for its number of captioners: on a cluster that is still growing it would begin with few.
+    Raises ValueError where they have not come after `timeout_s`.
+    """
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    if num is None:
+        return
+    deadline = time.monotonic() + timeout_s
+    request_resources(bundles=[{"GPU": 1}] * num)
+    try:
+        while (there := int(ray.cluster_resources().get("GPU", 0))) < num:
+            if time.monotonic() > deadline:
+                raise ValueError(
+                    f"the Ray cluster has {there} of {num} GPUs after {timeout_s / 60:.0f} minutes; check its nodes, "
+                    "or give a smaller --wait-for-gpus"
+                )
+            logger.info("waiting for GPUs: %d of %d are there", there, num)
+            time.sleep(min(WAIT_EVERY_S, timeout_s))
+    finally:
+        request_resources(bundles=[])  # from here on the captioners themselves hold them
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

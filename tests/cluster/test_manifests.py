@@ -1,0 +1,180 @@
+"""What `cluster/` ships can be applied: manifests by the published schemas, `ray up` by Ray itself, scripts by bash.
+
+ray_io_v1.json holds the part of KubeRay's published CRDs (ray.io/v1, RayJob and RayService, August 2026) that these
+manifests use: types, enumerations, required fields. A field that is not in it is an error here, so that a mistyped one
+is found; a new one is added to it from the CRD.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import typer
+import yaml
+
+from ray_jobs import cli
+
+ROOT = Path(__file__).parents[2]
+CLUSTER = ROOT / "cluster"
+SCHEMAS = json.loads((Path(__file__).parent / "ray_io_v1.json").read_text())
+RAY = next(
+    line.partition("==")[2] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray==")
+)
+
+
+def documents() -> list[tuple[str, dict[str, Any]]]:
+    """(file, document) of every Kubernetes manifest."""
+    return [
+        (f.name, d) for f in sorted((CLUSTER / "kuberay").glob("*.yaml")) for d in yaml.safe_load_all(f.read_text())
+    ]
+
+
+def ray_clusters() -> list[tuple[str, dict[str, Any]]]:
+    found = [(d["kind"], d["spec"].get("rayClusterSpec") or d["spec"].get("rayClusterConfig")) for _, d in documents()
+             if d["apiVersion"] == "ray.io/v1"]  # fmt: skip
+    assert len(found) == 2
+    return found
+
+
+def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [g["template"]["spec"] for g in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
+
+
+def check_command(words: list[str]) -> None:
+    """Every option of a `meddam` command exists and its settings are valid."""
+    command, name = typer.main.get_command(cli.app), "meddam"
+    context = command.make_context(name, words)
+    while hasattr(command, "resolve_command"):
+        name, command, words = command.resolve_command(context, words)
+        assert command is not None
+        context = command.make_context(name, list(words), parent=context)
+
+
+@pytest.mark.parametrize(
+    "document", [d for _, d in documents()], ids=lambda d: f"{d['kind']}-{d['metadata'].get('name')}"
+)
+def test_manifests_have_the_published_shape(document: dict[str, Any]) -> None:
+    assert document["apiVersion"] and ("name" in document["metadata"] or "generateName" in document["metadata"])
+    if document["apiVersion"] == "ray.io/v1":
+        jsonschema.Draft202012Validator(SCHEMAS[document["kind"]]).validate(document["spec"])
+
+
+def test_a_mistyped_field_is_found() -> None:
+    spec = next(d["spec"] for _, d in documents() if d["kind"] == "RayJob")
+    broken = json.loads(json.dumps(spec))
+    broken["rayClusterSpec"]["workerGroupSpecs"][0]["minReplica"] = 8
+    with pytest.raises(jsonschema.ValidationError, match="minReplica"):
+        jsonschema.Draft202012Validator(SCHEMAS["RayJob"]).validate(broken)
+
+
+@pytest.mark.parametrize(("kind", "spec"), ray_clusters())
+def test_clusters_are_closed_and_not_root(kind: str, spec: dict[str, Any]) -> None:
+    assert spec["authOptions"]["mode"] == "token" and spec["rayVersion"] == RAY
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for pod in pods(spec):
+        assert pod["securityContext"]["runAsNonRoot"] and pod["securityContext"]["runAsUser"] == 1000
+        mounted = {m["name"] for c in pod["containers"] for m in c["volumeMounts"]}
+        assert mounted == {v["name"] for v in pod["volumes"]}
+        for container in pod["containers"]:
+            assert container["securityContext"]["allowPrivilegeEscalation"] is False
+            assert container["resources"]["requests"] == container["resources"]["limits"]
+            assert re.fullmatch(r"\S+:\d+\.\d+\.\d+-(cpu|cuda)", container["image"]), "a fixed version, never latest"
+            gpus = "nvidia.com/gpu" in container["resources"]["limits"]
+            assert container["image"].endswith("-cuda") == gpus
+
+
+def test_names_that_refer_to_each_other_agree() -> None:
+    by_kind = {(d["kind"], d["metadata"].get("name")) for _, d in documents()}
+    for _, spec in ray_clusters():
+        for pod in pods(spec):
+            assert ("ServiceAccount", pod["serviceAccountName"]) in by_kind
+            for source in (s for c in pod["containers"] for s in c.get("envFrom", []) if "configMapRef" in s):
+                assert ("ConfigMap", source["configMapRef"]["name"]) in by_kind
+    job = next(d for _, d in documents() if d["kind"] == "RayJob")
+    labels = job["metadata"]["labels"]
+    assert ("LocalQueue", labels["kueue.x-k8s.io/queue-name"]) in by_kind
+    assert ("WorkloadPriorityClass", labels["kueue.x-k8s.io/priority-class"]) in by_kind
+    policy = next(d for _, d in documents() if d["kind"] == "NetworkPolicy")
+    part = policy["spec"]["podSelector"]["matchLabels"]
+    assert all(
+        part.items() <= g["template"]["metadata"]["labels"].items()
+        for _, s in ray_clusters() for g in (s["headGroupSpec"], *s["workerGroupSpecs"])
+    )  # fmt: skip
+
+
+def test_the_job_asks_for_the_gpus_that_its_cluster_has() -> None:
+    job = next(d for _, d in documents() if d["kind"] == "RayJob")["spec"]
+    words = shlex.split(job["entrypoint"])
+    assert words[:3] == ["python", "-m", "ray_jobs.caption"]
+    check_command(["caption", *words[3:]])
+    (workers,) = job["rayClusterSpec"]["workerGroupSpecs"]
+    assert workers["minReplicas"] == workers["replicas"] == workers["maxReplicas"]
+    assert words[words.index("--wait-for-gpus") + 1] == str(workers["replicas"])
+
+
+def test_the_endpoint_is_built_from_settings_that_are_valid() -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from ray_jobs.serve.config import Config
+
+    service = next(d for _, d in documents() if d["kind"] == "RayService")["spec"]
+    deployed = ServeDeploySchema.model_validate(yaml.safe_load(service["serveConfigV2"]))
+    (application,) = deployed.applications
+    module, _, name = application.import_path.partition(":")
+    assert name in (ROOT / (module.replace(".", "/") + ".py")).read_text()
+    assert Config.model_validate(application.args).keys, "an endpoint that others reach has keys"
+
+
+def test_ray_up_takes_the_cluster() -> None:
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = prepare_config(yaml.safe_load((CLUSTER / "aws/cluster.yaml").read_text()))
+    validate_config(config)
+    types = config["available_node_types"]
+    assert "InstanceMarketOptions" not in types[config["head_node_type"]]["node_config"]
+    assert types["gpu_spot"]["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    for node in types.values():
+        assert node["node_config"]["MetadataOptions"]["HttpTokens"] == "required"
+        assert all(d["Ebs"]["Encrypted"] for d in node["node_config"]["BlockDeviceMappings"])
+    started = " ".join(config["head_start_ray_commands"])
+    assert "RAY_AUTH_MODE=token" in started and "--dashboard-host=127.0.0.1" in started
+    assert [p["FromPort"] for p in config["provider"]["security_group"]["IpPermissions"]] == [22]
+
+
+@pytest.mark.parametrize("name", ["role-policy", "bucket-policy"])
+def test_policies_name_only_what_is_needed(name: str) -> None:
+    policy = json.loads((CLUSTER / f"aws/{name}.json").read_text())
+    assert policy["Version"] == "2012-10-17"
+    allowed = [s for s in policy["Statement"] if s["Effect"] == "Allow"]
+    assert not any("*" in action for s in allowed for action in s["Action"])
+    assert not any(s["Resource"] in ("*", "arn:aws:s3:::*") for s in allowed)
+    if name == "role-policy":
+        writes = [s for s in allowed if "s3:PutObject" in s["Action"]]
+        assert [s["Resource"] for s in writes] == ["arn:aws:s3:::BUCKET/runs/*"]
+
+
+def test_scripts_parse() -> None:
+    script = CLUSTER / "slurm/caption.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    assert "--requeue" in script.read_text() and "RAY_AUTH_MODE=token" in script.read_text()
+
+
+def test_the_image_holds_what_the_package_is_made_of_and_runs_as_nobody() -> None:
+    lines = (CLUSTER / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+    copied = {w for line in lines if line.startswith("COPY") for w in line.split()[1:-1]}
+    kept = {w[1:] for w in (ROOT / ".dockerignore").read_text().split() if w.startswith("!")}
+    assert copied == kept and all((ROOT / name).exists() for name in copied)
+    users = [line.split()[1] for line in lines if line.startswith("USER")]
+    assert users == ["1000"]
+    extras = next(line.partition("=")[2] for line in lines if line.startswith("ARG EXTRAS="))
+    import tomllib
+
+    known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert set(extras.split(",")) | {"mii-kernels"} <= set(known)
