@@ -22,6 +22,7 @@ from starlette.responses import FileResponse, JSONResponse, Response, StreamingR
 from starlette.staticfiles import StaticFiles
 
 from meddam_core import __version__
+from meddam_core.prompts import list_prompts
 from ray_jobs.serve import schema
 from ray_jobs.serve.answers import Dialect
 from ray_jobs.serve.errors import ApiError, on_failure, on_http_error, on_invalid
@@ -163,7 +164,9 @@ def _add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/samples", include_in_schema=False)
     async def list_samples() -> Response:
-        return JSONResponse({"samples": service.samples.cards(), "needs_key": service.keys.required})
+        prompts = [prompt.id for prompt in list_prompts() if prompt.num_views == 1]
+        facts = {"model": service.model, "prompt": service.cfg.prompt, "prompts": prompts}
+        return JSONResponse({"samples": service.samples.cards(), "needs_key": service.keys.required, **facts})
 
     @app.get("/samples/{name}", include_in_schema=False)
     async def get_sample(name: str) -> Response:
@@ -171,5 +174,12 @@ def _add_page(app: FastAPI, service: Service) -> None:
         if found is None:
             raise ApiError(404, "there is no such sample", code="not_found")
         return Response(found, media_type="application/octet-stream", headers={"Cache-Control": "max-age=3600"})
+
+    @app.get("/samples/{name}/thumb", include_in_schema=False)
+    async def get_thumb(name: str) -> Response:
+        found = await asyncio.to_thread(service.samples.thumb, name)
+        if found is None:
+            raise ApiError(404, "there is no such sample", code="not_found")
+        return Response(found, media_type="image/jpeg", headers={"Cache-Control": "max-age=3600"})
 
     app.mount("/page", StaticFiles(directory=PAGE))

@@ -13,8 +13,9 @@ from typing import Any
 from meddam_core.datasets.phantoms import Phantoms
 from meddam_core.datasets.pydicom_samples import SAMPLES, PydicomSamples
 from meddam_core.datasets.recipes import get_recipe
+from meddam_core.imaging.decode import decode
 from meddam_core.imaging.limits import Limits
-from meddam_core.imaging.png import encode_png
+from meddam_core.imaging.png import encode_png, preview_jpeg
 from meddam_core.imaging.render import render
 from meddam_core.records import Box
 
@@ -55,6 +56,14 @@ class Samples:
             boxes = tuple(box for _, _, box in sample.boxes)
             cards.append(Card(name=name, title=_SHOWN[name] or name, frame=item.frame, boxes=boxes))
         return [asdict(card) for card in cards]
+
+    def thumb(self, name: str) -> bytes | None:
+        """A sample's small picture, JPEG; None for an unknown name."""
+        data = self.file(name)
+        if data is None:
+            return None
+        frame = next(card["frame"] for card in self.cards() if card["name"] == name)
+        return preview_jpeg(render(decode(data, frame=frame)))
 
     def file(self, name: str) -> bytes | None:
         """A sample's bytes: PNG, or DICOM as bundled; None for an unknown name."""

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import base64
 import io
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
 import pytest
+import uvicorn
 from PIL import Image as PilImage
 from starlette.testclient import TestClient
 
@@ -80,3 +82,25 @@ def make_client(loop: EngineLoop) -> Iterator[Made]:
 @pytest.fixture
 def client(make_client: Made) -> TestClient:
     return make_client()
+
+
+@pytest.fixture
+def serve_http(loop: EngineLoop) -> Iterator[Callable[..., str]]:
+    """Addresses of apps with settings of their own behind a real HTTP server on loopback."""
+    with ExitStack() as stack:
+
+        def start(**settings: Any) -> str:
+            service = Service(Config(model=MODEL, **settings), loop, SIDE, "dam_tiny")
+            server = uvicorn.Server(
+                uvicorn.Config(make_app(service), host="127.0.0.1", port=0, log_config=None, lifespan="on")
+            )
+            thread = threading.Thread(target=server.run, daemon=True)
+            thread.start()
+            stack.callback(thread.join, 20)
+            stack.callback(setattr, server, "should_exit", True)
+            while not server.started:
+                assert thread.is_alive(), "the server did not start"
+                thread.join(0.01)
+            return f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+
+        yield start
