@@ -95,7 +95,8 @@ def _open(cfg: Config, directory: RunDirectory) -> Spec:
     """Checks and notes what is to be done, and finds the data. Raises ValueError where a resume would change it."""
     from meddam_core.training.data import CaptionTable, files_of_shards
 
-    shards = snapshot(cfg.shards)
+    # captions are joined by region id; without a table two datasets may hold the same ids
+    shards = snapshot(cfg.shards) if cfg.captions else [s for uri in cfg.shards for s in snapshot([uri])]
     captions = tuple(f for uri in cfg.captions for f in caption_files(uri))
     fingerprint = {
         "config": {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE},

@@ -38,7 +38,7 @@ def held_out(uris: Sequence[str], size: int, num_regions: int) -> Held:
         found = list(examples_of(image, size))[: num_regions - len(examples)]
         examples += found
         kept = {e.region_id for e in found}
-        images.append(_without_picture(image, kept))
+        images.append(without_picture(image, kept))
         if len(examples) >= num_regions:
             break
     return Held(images, examples)
@@ -50,7 +50,8 @@ def _images(uris: Sequence[str]) -> Iterator[Image]:
             yield from read_shard(shard.uri)
 
 
-def _without_picture(image: Image, kept: set[int]) -> Image:
+def without_picture(image: Image, kept: set[int]) -> Image:
+    """The image with some of its regions and no pixels."""
     from dataclasses import replace
 
     from meddam_core.records import EncodedImage

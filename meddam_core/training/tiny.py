@@ -26,16 +26,16 @@ PROMPTS = ("dam-default", *(f"meddam-v1{expert}+{length}" for expert in _EXPERTS
 
 
 def tiny_config(vocab_size: int) -> DamConfig:
-    """About five million parameters."""
+    """About four million parameters."""
     return DamConfig(
         llm=LlmConfig(
-            vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_layers=4, num_heads=6, num_kv_heads=6,
+            vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_layers=3, num_heads=6, num_kv_heads=6,
             eos_token_ids=(2,), max_position_embeddings=512, tokenizer_model_max_length=512,
         ),
         vision=VisionConfig(
-            hidden_size=160, intermediate_size=640, num_layers=5, num_heads=5, image_size=VIEW_SIZE, patch_size=16
+            hidden_size=160, intermediate_size=640, num_layers=4, num_heads=5, image_size=VIEW_SIZE, patch_size=16
         ),
-        context=ContextConfig(num_layers=5, num_heads=5, intermediate_size=320, patch_size=16),
+        context=ContextConfig(num_layers=4, num_heads=5, intermediate_size=320, patch_size=16),
         view=ViewConfig(size=VIEW_SIZE),
         select_layer=-1,
     )  # fmt: skip
@@ -53,8 +53,14 @@ def new_dam(captions: Sequence[str], seed: int) -> Dam:
 
 
 def start_small(name: str, parameter: torch.Tensor) -> None:
-    """Embeddings of deviation 0.02 to start with: random_dam's are for showing every part of a network at work."""
-    if name.endswith(("embed_tokens.weight", "position_embedding.weight")):
+    """First weights to learn from: random_dam's are for showing every part of a network at work.
+
+    Positions start as waves over the grid, about as strong as the patches they are added to. Drawn at random and weak,
+    as usual, they took hundreds of steps to show at all, and places were learnt last.
+    """
+    if name.endswith("position_embedding.weight"):
+        parameter.copy_(grid_waves(int(parameter.shape[0] ** 0.5), parameter.shape[1]))
+    elif name.endswith("embed_tokens.weight"):
         parameter.mul_(0.02)
     elif name.endswith("lm_head.weight"):
         parameter.mul_(0.1)
@@ -64,3 +70,15 @@ def start_small(name: str, parameter: torch.Tensor) -> None:
         parameter.fill_(1.0)
     elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
         parameter.mul_(0.3)  # what is added to the residual stream starts small
+
+
+def grid_waves(grid: int, size: int) -> torch.Tensor:
+    """(grid * grid, size): sines and cosines of row and column at several frequencies, row-major."""
+    line = (torch.arange(grid) + 0.5) / grid
+    frequencies = torch.pi * 2.0 ** (torch.arange(size // 4) * (4.0 / (size // 4)) - 1)
+    angles = line[:, None] * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    waves = torch.nn.functional.pad(waves, (0, size // 2 - waves.shape[1]))
+    rows = waves[:, None].expand(grid, grid, -1)
+    columns = waves[None].expand(grid, grid, -1)
+    return 0.5 * torch.nn.functional.pad(torch.cat([rows, columns], -1), (0, size % 2)).reshape(grid * grid, size)
