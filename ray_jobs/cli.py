@@ -27,6 +27,7 @@ from meddam_core import __version__
 from meddam_core.storage import explain
 from ray_jobs import (
     audit,
+    benchmark,
     caption,
     caption_config,
     captions_import,
@@ -218,6 +219,10 @@ _job(
     "Compare judged runs: scores with intervals, paired tests, controls; a page, a CSV and YAML.",
 )  # fmt: skip
 _job("status", status.Config, status.run, ["run"], {}, "Say where a run stands, from its run directory alone.")
+_job(
+    "benchmark", benchmark.Config, benchmark.run, [], {"out": "-o"},
+    "Caption, judge and rank models x datasets x prompts x views: --config GRID.yaml. Run it again to resume.",
+)  # fmt: skip
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 
 

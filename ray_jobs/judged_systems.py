@@ -8,6 +8,7 @@ model's and the prompt's, and says more only where that is needed to tell two ap
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -16,6 +17,7 @@ from meddam_core.judging.leaderboard import CONTROLS, Role, System
 from meddam_core.judging.scores import Judged
 from meddam_core.judging.verdict_table import JudgedCaption, with_questions
 from qa_library.questions import Question
+from ray_jobs.captions_import import IMPORTED
 from ray_jobs.judging_directory import JUDGE, RUN_SET, Judging, list_judgings
 from ray_jobs.question_files import open_questions
 from ray_jobs.run_directory import RUN, RunDirectory
@@ -35,6 +37,8 @@ class JudgedRun:
     """Its run.json."""
     label: str | None = None
     """The user's name for its model; by default the model's own."""
+    dataset: str | None = None
+    """The user's name for its dataset; by default that of its rows."""
 
     @property
     def model(self) -> str:
@@ -48,20 +52,23 @@ class _Questions:
 
     held: dict[str, dict[str, Question]] = field(default_factory=dict)
 
-    def join(self, rows: Sequence[JudgedCaption], uri: str, digest: str) -> Iterable[Judged]:
+    def join(self, rows: Sequence[JudgedCaption], uri: str, digest: str, dataset: str | None) -> Iterable[Judged]:
         """Verdicts with their questions. Raises ValueError where the table has changed since."""
-        known = self.held.setdefault(digest, {})
+        known = self.held.setdefault(f"{digest}/{dataset}", {})
         missing = {r.region_id for r in rows if any(v.question_id not in known for v in r.verdicts)}
         if missing:
             table = open_questions(uri)
             if table.digest != digest:
                 raise ValueError(f"{uri} is not the question table that was judged with: it has changed since")
             for questions in table.of(missing).values():
-                known |= {q.question_id: replace(q, text="", why="", options=()) for q in questions}
+                kept = (replace(q, text="", why="", options=(), dataset=dataset or q.dataset) for q in questions)
+                known |= {q.question_id: q for q in kept}
         return with_questions(rows, known)
 
 
-def open_judged(uri: str, judging: str | None = None, label: str | None = None) -> JudgedRun:
+def open_judged(
+    uri: str, judging: str | None = None, label: str | None = None, dataset: str | None = None
+) -> JudgedRun:
     """A run with its judging; `judging` is a name or the beginning of one, and may be left out where there is one.
 
     Raises ValueError where the run is not judged, not completely, or by several judges of which none is named.
@@ -82,7 +89,7 @@ def open_judged(uri: str, judging: str | None = None, label: str | None = None) 
         raise ValueError(
             f"the judging {found[0].name} of {uri} is not complete; run the same `meddam judge` again first"
         )
-    return JudgedRun(run=run, judging=found[0], described=described, label=label)
+    return JudgedRun(run=run, judging=found[0], described=described, label=label, dataset=dataset)
 
 
 def read_systems(runs: Sequence[JudgedRun]) -> list[System]:
@@ -129,7 +136,7 @@ def _by_prompt(run: JudgedRun, of: str, questions: _Questions) -> dict[str, list
     found: dict[str, list[Judged]] = {}
     for batch in _batched(run.judging.rows(of)):
         prompts = {(r.region_id, r.caption_key): r.prompt_id for r in batch}
-        for judged in questions.join(batch, uri, digest):
+        for judged in questions.join(batch, uri, digest, run.dataset):
             prompt = prompts[judged.question.region_id, judged.caption]
             found.setdefault(prompt, []).append(judged)
     return found
@@ -160,7 +167,7 @@ def _check_once(system: System) -> None:
         if key in seen:
             raise ValueError(
                 f"{system.name} was judged twice on {row.question.dataset}: leave one of its runs out, or name their "
-                "models apart with --label"
+                "models apart with --labels"
             )
         seen.add(key)
 
@@ -181,15 +188,18 @@ def _facts(run: JudgedRun, prompt: str) -> dict[str, str]:
 
 
 def _names(keys: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], str]:
-    """The shortest names that tell systems apart: model and prompt, then views, then the whole model."""
-    for whole, with_views in ((False, False), (False, True), (True, True)):
-        names = {k: _name(k, whole, with_views) for k in keys}
-        if len(set(names.values())) == len(keys):
-            break
-    return names
+    """Names that tell systems apart: the model, its prompt, and its views where the two occur with several."""
+    num_views = Counter((model, prompt) for model, _, prompt in keys)
+    short = Counter(_name(k, num_views[k[0], k[2]] > 1, whole=False) for k in keys)
+    return {
+        key: _name(key, with_views, whole=short[_name(key, with_views, whole=False)] > 1)
+        for key in keys
+        for with_views in [num_views[key[0], key[2]] > 1]
+    }
 
 
-def _name(key: tuple[str, ...], whole: bool, with_views: bool) -> str:
+def _name(key: tuple[str, ...], with_views: bool, whole: bool) -> str:
+    """`whole` keeps the hash of a checkpoint in its name."""
     model, views, prompt = key
-    parts = [model if whole else model.partition("@")[0], prompt, (views or "views by recipe") if with_views else ""]
-    return ", ".join(p for p in parts if p)
+    parts = [model if whole else model.partition("@")[0], prompt if prompt != IMPORTED else ""]
+    return ", ".join(p for p in (*parts, (views or "views by recipe") if with_views else "") if p)
