@@ -33,6 +33,7 @@ from ray_jobs import (
     captions_import,
     demo,
     describe,
+    dlc_bench,
     finetune,
     finetune_config,
     ingest,
@@ -206,6 +207,15 @@ _job(
     "finetune", finetune_config.Config, finetune.run, ["shards"], {"out": "-o", "model": "-m"},
     "Train a DAM on SHARDS and their captions. Run the same command again to resume.",
 )  # fmt: skip
+_dlc_bench = typer.Typer(help="DLC-Bench, the public benchmark, by its own rules.", no_args_is_help=True)
+app.add_typer(_dlc_bench, name="dlc-bench")
+for _name, _config, _run in (
+    ("score", dlc_bench.ScoreConfig, dlc_bench.score),
+    ("run", dlc_bench.RunConfig, dlc_bench.run),
+    ("verify", dlc_bench.VerifyConfig, dlc_bench.verify_checkpoint),
+):
+    _job(_name, _config, _run, [], {}, inspect.getdoc(_config) or "", _dlc_bench)
+
 _job(
     "judge", judge_config.Config, judge.run, ["run"], {"questions": "-q"},
     "Judge the captions of RUN by a question table, and score them. Run the same command again to resume.",

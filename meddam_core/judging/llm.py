@@ -20,15 +20,16 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from email.utils import parsedate_to_datetime
-from typing import Any
-
-import openai
+from typing import TYPE_CHECKING, Any
 
 from meddam_core.judging.egress import Endpoint
 from meddam_core.judging.protocol import Unscored, Verdict, decided, unscored
 from meddam_core.judging.replies import CHOICE_KEY, LETTERS, is_refusal, parse_choice
 from meddam_core.records import Egress
 from qa_library.questions import Question
+
+if TYPE_CHECKING:
+    import openai  # takes a second; loaded by those who call
 
 SYSTEM = """You check what a text says. You are given a description of one region of a medical image and a question \
 about the description, with options. Choose the one option that holds for the description as it is written.
@@ -116,6 +117,8 @@ def make_client(
     endpoint: Endpoint, api_key: str, *, timeout_s: float = 60.0, http_client: Any = None
 ) -> openai.AsyncOpenAI:
     """A client that never retries by itself."""
+    import openai
+
     return openai.AsyncOpenAI(
         api_key=api_key, base_url=endpoint.base_url, max_retries=0, timeout=timeout_s, http_client=http_client
     )
@@ -213,6 +216,8 @@ class LlmJudge:
 
 async def complete(client: openai.AsyncOpenAI, request: dict[str, Any]) -> tuple[Any, RateHeaders]:
     """One chat completion. Raises JudgeCallError when it brings none; the error holds nothing of what was sent."""
+    import openai
+
     try:
         raw = await client.chat.completions.with_raw_response.create(**request)
         completion = raw.parse()

@@ -20,9 +20,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
-
-import openai
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from meddam_core.judging.controls import caption_of
 from meddam_core.judging.egress import Endpoint
@@ -32,6 +30,9 @@ from meddam_core.judging.replies import is_refusal
 from meddam_core.records import Egress
 from qa_library.schema import TemplateSet
 from qa_library.truth import Truth
+
+if TYPE_CHECKING:
+    import openai
 
 Factor = Literal["fluency", "relevance", "factual correctness", "clinical plausibility"]
 FACTORS: tuple[Factor, ...] = get_args(Factor)
