@@ -31,9 +31,12 @@ from ray_jobs import (
     caption,
     caption_config,
     captions_import,
+    cost,
+    curate,
     demo,
     describe,
     dlc_bench,
+    fetch_weights,
     finetune,
     finetune_config,
     ingest,
@@ -204,6 +207,10 @@ _job("list", captions_import.ListConfig, captions_import.list_regions, ["shards"
      inspect.getdoc(captions_import.ListConfig) or "", _captions)  # fmt: skip
 
 _job(
+    "curate", curate.Config, curate.run, ["runs"], {"out": "-o"},
+    "Choose training data from the captions of RUNS; every caption dropped says why.",
+)  # fmt: skip
+_job(
     "finetune", finetune_config.Config, finetune.run, ["shards"], {"out": "-o", "model": "-m"},
     "Train a DAM on SHARDS and their captions. Run the same command again to resume.",
 )  # fmt: skip
@@ -227,6 +234,14 @@ _job(
 _job(
     "leaderboard", leaderboard.Config, leaderboard.run, ["runs"], {"out": "-o"},
     "Compare judged runs: scores with intervals, paired tests, controls; a page, a CSV and YAML.",
+)  # fmt: skip
+_job(
+    "plan", cost.Config, cost.run, ["shards"], {},
+    "Say what a run will take in hours and money, from measured rates and a table of prices.",
+)  # fmt: skip
+_job(
+    "fetch-weights", fetch_weights.Config, fetch_weights.run, ["source", "target"], {},
+    "Copy a checkpoint folder from a bucket to this machine, whole or not at all.",
 )  # fmt: skip
 _job("status", status.Config, status.run, ["run"], {}, "Say where a run stands, from its run directory alone.")
 _job(

@@ -166,7 +166,7 @@ def finish_summary(
         kernels=plan.spec.kernels, finished_at=_now(), audit=found.to_json() if found else None, session={
             "num_images": totals.num_images, "num_regions": totals.num_regions, "num_tokens": totals.num_tokens,
             "seconds": round(time.monotonic() - started, 1), "worker_deaths": totals.num_deaths,
-            "quarantined": [str(i) for i in totals.quarantined], "speed": speed_line(totals),
+            "num_captioners": len(totals.busy_s), "quarantined": [str(i) for i in totals.quarantined], "speed": speed_line(totals),
             **speed_figures(totals),
         },
     )  # fmt: skip

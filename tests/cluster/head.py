@@ -1,0 +1,127 @@
+"""A Ray head of a test's own, as a cluster's is started: token authentication, dashboard on loopback, own ports.
+
+    with started_head(tmp_path) as head:
+        head.ray("job", "submit", "--", "python", "-c", "print(1)")
+
+It is ended by its processes: `ray stop` would end every Ray on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+START_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Head:
+    """A head at work."""
+
+    url: str
+    env: dict[str, str]
+    """Of a client that has the token."""
+    checkout: Path
+    """A copy of what a job carries: a working directory must not change while it is sent."""
+
+    def ray(self, *words: str, token: bool = True) -> subprocess.CompletedProcess[str]:
+        """Runs `ray WORDS` in the checkout."""
+        env = self.env if token else {k: v for k, v in self.env.items() if not k.startswith("RAY_AUTH_TOKEN")}
+        if not token:
+            env["RAY_AUTH_TOKEN_PATH"] = "/nonexistent"
+        command = [str(BIN / "ray"), *words]
+        return subprocess.run(
+            command, cwd=self.checkout, env=env, capture_output=True, text=True, check=False, timeout=300
+        )
+
+    def get(self, path: str, token: str | None) -> int:
+        """The status of a GET request to the dashboard's API."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        try:
+            with urllib.request.urlopen(urllib.request.Request(self.url + path, headers=headers), timeout=30) as answer:
+                return int(answer.status)
+        except urllib.error.HTTPError as error:
+            return error.code
+
+
+def free_ports(num: int) -> list[int]:
+    """Ports that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [int(one.getsockname()[1]) for one in sockets]
+
+
+@contextlib.contextmanager
+def started_head(folder: Path, **extra: str) -> Iterator[Head]:
+    """Starts a head with two CPUs, and ends it; `extra` goes into its environment and its jobs'."""
+    token = folder / "token"
+    token.write_text("a-token-of-this-test-" + os.urandom(8).hex())
+    port, dashboard, client, *agents = free_ports(7)
+    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
+    agent_ports = [f"--{name}-port={number}" for name, number in zip(names, agents, strict=True)]
+    env = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}, **extra,
+        "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_BACKEND_LOG_LEVEL": "error",
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory(prefix="mrh", dir="/tmp") as scratch:  # a socket's path has 107 characters at most
+        command = [
+            str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
+            f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
+            f"--ray-client-server-port={client}", f"--temp-dir={scratch}", "--object-store-memory=150000000",
+            "--disable-usage-stats", *agent_ports,
+        ]  # fmt: skip
+        log = (folder / "head.log").open("wb")
+        process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder)
+        checkout = Path(scratch) / "checkout"
+        for name in ("meddam_core", "qa_library", "ray_jobs"):
+            shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copy(ROOT / "runtime_env.yaml", checkout)
+        head = Head(
+            checkout=checkout,
+            url=f"http://127.0.0.1:{dashboard}",
+            env=env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"},
+        )
+        try:
+            _wait(head, process, token.read_text(), folder / "head.log")
+            yield head
+        finally:
+            for pid in [process.pid, *children(process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+
+
+def children(pid: int) -> list[int]:
+    """All processes below `pid`."""
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+def _wait(head: Head, process: subprocess.Popen[bytes], token: str, log: Path) -> None:
+    deadline = time.monotonic() + START_S
+    while True:
+        assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+        try:
+            if head.get("/api/jobs/", token) == 200:
+                return
+        except OSError:
+            pass
+        time.sleep(0.2)
