@@ -36,6 +36,7 @@ from ray_jobs import (
     demo,
     describe,
     dlc_bench,
+    doctor,
     fetch_weights,
     finetune,
     finetune_config,
@@ -235,6 +236,7 @@ _job(
     "leaderboard", leaderboard.Config, leaderboard.run, ["runs"], {"out": "-o"},
     "Compare judged runs: scores with intervals, paired tests, controls; a page, a CSV and YAML.",
 )  # fmt: skip
+_job("doctor", doctor.Config, doctor.run, [], {}, "Look whether this cluster and this bucket are fit for a run.")
 _job(
     "plan", cost.Config, cost.run, ["shards"], {},
     "Say what a run will take in hours and money, from measured rates and a table of prices.",

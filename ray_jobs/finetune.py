@@ -31,6 +31,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from meddam_core import __version__, storage
+from meddam_core.reports.yield_report import training_report
 from meddam_core.training.order import Reading
 from ray_jobs.finetune_config import Config
 from ray_jobs.finetune_worker import CURVE, MODEL, Spec, World, reader, train
@@ -45,9 +46,9 @@ logger = logging.getLogger(__name__)
 FREE = frozenset({
     "out", "max_steps", "learning_rate", "warmup_steps", "checkpoint_every", "keep_checkpoints", "eval_shards",
     "eval_every", "eval_regions", "num_threads", "num_cpus", "log_every", "max_failures", "use_gpu", "checkpointing",
-    "cache_views", "strategy",
+    "cache_views", "strategy", "batch_size", "accumulate",
 })  # fmt: skip
-"""Settings that a resumed run may change: neither what is learnt nor in which order."""
+"""Settings that a resumed run may change: not what is learnt from what. Another batch size deals the data anew."""
 
 
 class Summary(BaseModel):
@@ -267,6 +268,12 @@ def _finish(spec: Spec, directory: RunDirectory, seconds: float) -> Summary:
         loss=losses[-1] if losses else None, meddlc=scores[-1] if scores else None, seconds=round(seconds, 1),
     )  # fmt: skip
     directory.write_json(summary.model_dump(), SUMMARY)
+    facts = {
+        "regions": f"{summary.num_examples:,}",
+        **{k: v for k, v in spec.cfg.model_dump().items() if v is not None},
+    }
+    page = training_report(directory.uri.rstrip("/").rpartition("/")[2], curve, facts)
+    storage.write_bytes(directory.at("report.html"), page.encode())
     return summary
 
 
