@@ -31,6 +31,8 @@ from ray_jobs import (
     caption,
     caption_config,
     captions_import,
+    check_claims,
+    check_pairs,
     cost,
     curate,
     demo,
@@ -249,6 +251,13 @@ _job("status", status.Config, status.run, ["run"], {}, "Say where a run stands, 
 _job(
     "benchmark", benchmark.Config, benchmark.run, [], {"out": "-o"},
     "Caption, judge and rank models x datasets x prompts x views: --config GRID.yaml. Run it again to resume.",
+)  # fmt: skip
+_check = typer.Typer(help="Checks of captions and models that need no judge.", no_args_is_help=True)
+app.add_typer(_check, name="check")
+_job("claims", check_claims.Config, check_claims.run, ["run"], {"out": "-o"}, check_claims.Config.__doc__ or "", _check)
+_job(
+    "pairs", check_pairs.Config, check_pairs.run, ["shards"], {"out": "-o", "model": "-m"},
+    check_pairs.Config.__doc__ or "", _check,
 )  # fmt: skip
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 

@@ -45,15 +45,17 @@ def test_a_caption_job_is_submitted_with_a_token_and_not_without(head: Head, tmp
 
 @pytest.mark.slow
 def test_exit_codes_cancel_and_resume_of_jobs(head: Head, tmp_path: Path) -> None:
+    looked = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.doctor", "--model", MODEL)
+    assert looked.returncode == 0 and "the same on 1 node" in looked.stdout and "RAY_AUTH_MODE=token" in looked.stdout
     wrong = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.caption", str(tmp_path), "--out", "x", "--model", MODEL)
     assert wrong.returncode != 0 and "there are no image shards" in wrong.stdout + wrong.stderr
     assert "exit code 2" in wrong.stdout + wrong.stderr
-    shards, out = make_shards(str(tmp_path / "set"), 12, 60), str(tmp_path / "run")
-    job = ("python", "-m", "ray_jobs.caption", shards, "--out", out, "--model", MODEL, "--max-new-tokens", "32",
-           "--images-per-file", "20")  # fmt: skip
+    shards, out = make_shards(str(tmp_path / "set"), 16, 200), str(tmp_path / "run")
+    job = ("python", "-m", "ray_jobs.caption", shards, "--out", out, "--model", MODEL, "--max-new-tokens", "16",
+           "--images-per-file", "100", "--engine", "benchmarks.waiting_engine:WaitingEngine")  # fmt: skip
     assert head.ray(*SUBMIT, "--no-wait", "--submission-id", "cancelled", "--", *job).returncode == 0
     deadline = time.monotonic() + 120
-    while not list(Path(out).glob("parts/*/*.parquet")):
+    while not (Path(out) / "inputs.parquet").exists() or not status(StatusConfig(run=out)).num_images_done:
         assert time.monotonic() < deadline, head.ray("job", "logs", "cancelled").stdout[-2000:]
         time.sleep(0.2)
     assert head.ray("job", "stop", "cancelled").returncode == 0

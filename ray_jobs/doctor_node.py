@@ -1,0 +1,162 @@
+"""What a machine has and lacks for a run, looked at from within: versions, GPUs, disk, limits, weights.
+
+    facts = node_facts("/weights/DAM-3B", sent_s=time.time())         # in a process of each node
+    findings = judged(facts)
+
+Needs no Ray, so that it can also say what is wrong with a machine that Ray won't start on.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict
+
+State = Literal["ok", "warning", "problem"]
+
+PACKAGES = ("meddam", "ray", "torch", "transformers", "pyarrow", "pydicom", "numpy", "deepspeed", "deepspeed-mii")
+MIN_OPEN_FILES = 8192
+MIN_DISK_GB = 20.0
+MIN_SHM_SHARE = 0.2
+"""Of the memory: less shared memory, and Ray's object store is a file on a disk."""
+MAX_SKEW_S = 60.0
+"""S3 refuses requests from clocks that are a quarter of an hour off; leases and logs suffer before."""
+MIN_CAPABILITY = (8, 0)
+MIN_GPU_GB = 15.0
+
+
+class Finding(BaseModel):
+    """One thing that was looked at."""
+
+    model_config = ConfigDict(frozen=True)
+
+    about: str
+    state: State
+    said: str
+    todo: str | None = None
+
+
+def node_facts(model: str | None = None, sent_s: float | None = None) -> dict[str, Any]:
+    """What this machine is. `sent_s` is the asker's clock when it asked."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    return {
+        "node": socket.gethostname(),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "cpus": os.cpu_count() or 1,
+        "memory_gb": round(memory, 1),
+        "shm_gb": round(shutil.disk_usage("/dev/shm").total / 1e9, 1) if Path("/dev/shm").is_dir() else 0.0,
+        "disk_gb": round(shutil.disk_usage(tempfile.gettempdir()).free / 1e9, 1),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "clock_s": None if sent_s is None else time.time() - sent_s,
+        "gpus": _gpus(),
+        "weights": None if model is None else (Path(model) / "config.json").is_file(),
+        "root": os.geteuid() == 0,
+    }
+
+
+def judged(facts: dict[str, Any]) -> list[Finding]:
+    """What its facts mean for a run."""
+    found = [
+        _python(facts["python"]),
+        _room("shared memory", facts["shm_gb"], MIN_SHM_SHARE * facts["memory_gb"], "GB",
+              "give the container more (--shm-size, or an emptyDir of medium Memory): Ray's object store lives there"),
+        _room("disk for spilling", facts["disk_gb"], MIN_DISK_GB, "GB free",
+              "free some, or start Ray with --temp-dir on a larger disk"),
+        _room("open files", facts["open_files"], MIN_OPEN_FILES, "",
+              "raise it (ulimit -n, LimitNOFILE, --ulimit nofile): Ray opens thousands of sockets"),
+    ]  # fmt: skip
+    if facts["clock_s"] is not None and abs(facts["clock_s"]) > MAX_SKEW_S:
+        found.append(_bad("clock", f"{facts['clock_s']:+.0f} s off", "let it follow NTP: S3 refuses such clocks"))
+    found += [_gpu(gpu) for gpu in facts["gpus"]]
+    if facts["gpus"]:
+        found.append(_kernels(facts["versions"]))
+    if facts["weights"] is False:
+        found.append(
+            _bad("weights", "the checkpoint folder is not there",
+                 "mount it at the same path on each node, or copy it with `meddam fetch-weights`")
+        )  # fmt: skip
+    if facts["root"]:
+        found.append(Finding(about="user", state="warning", said="runs as root", todo="run as another user"))
+    return found
+
+
+def together(nodes: Sequence[dict[str, Any]]) -> list[Finding]:
+    """What nodes must have in common: the same versions of everything that rows and pickles pass through."""
+    found = []
+    for name in ("python", *PACKAGES):
+        values = {n["python"] if name == "python" else n["versions"][name] for n in nodes}
+        if len(values) > 1:
+            said = ", ".join(sorted(str(v) for v in values))
+            found.append(_bad(f"{name} of the nodes", said, "give all nodes the same image (cluster/Dockerfile)"))
+    return found or [Finding(about="versions", state="ok", said=f"the same on {len(nodes)} node(s)")]
+
+
+def _python(text: str) -> Finding:
+    if (3, 11) <= tuple(int(p) for p in text.split(".")[:2]) < (3, 13):
+        return Finding(about="python", state="ok", said=text)
+    return _bad("python", text, "use 3.11 or 3.12")
+
+
+def _room(about: str, has: float, wants: float, unit: str, todo: str) -> Finding:
+    said = f"{has:g} {unit}".strip()
+    if has >= wants:
+        return Finding(about=about, state="ok", said=said)
+    return Finding(about=about, state="warning", said=f"{said}, {wants:.3g} or more is advised", todo=todo)
+
+
+def _gpu(gpu: dict[str, Any]) -> Finding:
+    major, minor = gpu["capability"]
+    said = f"{gpu['name']}, {gpu['memory_gb']:.0f} GB, SM {major}.{minor}"
+    if (major, minor) < MIN_CAPABILITY:
+        todo = "DeepSpeed's kernels need SM 8.0 or later: captions are made by the torch engine here"
+        return Finding(about="GPU", state="warning", said=said, todo=todo)
+    if gpu["memory_gb"] < MIN_GPU_GB:
+        todo = "DAM-3B in bfloat16 wants 16 GB with room for its cache: fewer --slots"
+        return Finding(about="GPU", state="warning", said=said, todo=todo)
+    return Finding(about="GPU", state="ok", said=said)
+
+
+def _kernels(versions: dict[str, str | None]) -> Finding:
+    """Whether the fast engine can be had. What its kernels do on this GPU, the run's own start-up check finds out."""
+    if versions["deepspeed"] and versions["deepspeed-mii"]:
+        compiler = shutil.which("nvcc")
+        if compiler or os.environ.get("MEDDAM_OPS_CACHE"):
+            said = f"deepspeed {versions['deepspeed']}, mii {versions['deepspeed-mii']}"
+            return Finding(about="kernels", state="ok", said=said)
+        todo = "take an image with the CUDA toolkit, or a filled MEDDAM_OPS_CACHE: otherwise engine torch is used"
+        return Finding(about="kernels", state="warning", said="no nvcc to compile them with", todo=todo)
+    todo = "install meddam[mii-kernels] (docs/engines.md): otherwise engine torch is used, which is slower on a GPU"
+    return Finding(about="kernels", state="warning", said="DeepSpeed-MII is not installed", todo=todo)
+
+
+def _bad(about: str, said: str, todo: str) -> Finding:
+    return Finding(about=about, state="problem", said=said, todo=todo)
+
+
+def _gpus() -> list[dict[str, Any]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    every = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    return [
+        {"name": p.name, "memory_gb": p.total_memory / 1e9, "capability": (p.major, p.minor)} for p in every
+    ]  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

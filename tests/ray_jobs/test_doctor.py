@@ -1,0 +1,70 @@
+"""`meddam doctor`: real machine, real S3 server, and findings that name what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from meddam_core import storage
+from ray_jobs.doctor import Config, bucket_findings, run
+from ray_jobs.doctor_node import judged, node_facts, together
+
+MODEL = str(Path(__file__).parents[1] / "data/oracle/dam_tiny/checkpoint")
+
+
+def states(facts: dict[str, Any]) -> dict[str, str]:
+    return {f.about: f.state for f in judged(facts)}
+
+
+@pytest.mark.s3
+def test_a_machine_and_a_bucket_that_are_fit(s3_bucket: str) -> None:
+    report = run(Config(bucket=f"{s3_bucket}/runs", model=MODEL))
+    text = "\n".join(report.lines())
+    assert report.exit_code == 0, text
+    assert "may write, list, read and delete" in text and "honoured: a run has one driver" in text
+    assert "MB/s from it" in text and "agrees with the store's" in text and "the same on 1 node" in text
+    assert storage.list_objects(f"{s3_bucket}/runs/") == [] and not storage.exists(f"{s3_bucket}/runs/.doctor")
+
+
+@pytest.mark.s3
+def test_a_bucket_that_is_not_there_and_weights_that_are_not(s3_bucket: str, tmp_path: Path) -> None:
+    report = run(Config(bucket=f"{s3_bucket}-absent/runs", model=str(tmp_path)))
+    assert report.exit_code == 2
+    text = "\n".join(report.lines())
+    assert "the bucket does not exist" in text and "the checkpoint folder is not there" in text
+    assert "meddam fetch-weights" in text and "role-policy.json" in text
+
+
+def test_a_folder_has_no_conditions(tmp_path: Path) -> None:
+    assert [f.about for f in bucket_findings(str(tmp_path))] == ["rights", "speed"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_each_lack_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    fit = node_facts(MODEL, None) | {"shm_gb": 1e4, "disk_gb": 1e4, "open_files": 1 << 20, "root": False}
+    monkeypatch.setenv("MEDDAM_OPS_CACHE", "/cache")
+    fit["gpus"] = [{"name": "H200", "memory_gb": 140.0, "capability": (9, 0)}]
+    fit["versions"] = fit["versions"] | {"deepspeed": "0.19.8", "deepspeed-mii": "0.3.3"}
+    assert set(states(fit).values()) == {"ok"} and states(fit)["kernels"] == "ok"
+    without = fit["versions"] | {"deepspeed": None}
+    gpu = {"name": "T4", "memory_gb": 16.0, "capability": (7, 5)}
+    small = {"name": "L4", "memory_gb": 12.0, "capability": (8, 9)}
+    for change, about, state in (
+        ({"python": "3.13.0"}, "python", "problem"), ({"shm_gb": 0.06}, "shared memory", "warning"),
+        ({"disk_gb": 1.0}, "disk for spilling", "warning"), ({"open_files": 1024}, "open files", "warning"),
+        ({"clock_s": -400.0}, "clock", "problem"), ({"weights": False}, "weights", "problem"),
+        ({"root": True}, "user", "warning"), ({"gpus": [gpu]}, "GPU", "warning"), ({"gpus": [small]}, "GPU", "warning"),
+        ({"versions": without}, "kernels", "warning"),
+    ):  # fmt: skip
+        found = [f for f in judged(fit | change) if f.state != "ok"]
+        assert [(f.about, f.state) for f in found] == [(about, state)] and found[0].todo, change
+
+
+def test_nodes_of_different_versions_are_found() -> None:
+    one = node_facts()
+    other = one | {"versions": one["versions"] | {"ray": "2.59.0"}}
+    assert [f.state for f in together([one, one])] == ["ok"]
+    (found,) = together([one, other])
+    assert found.state == "problem" and "2.59.0" in found.said and "same image" in (found.todo or "")
