@@ -30,8 +30,8 @@ from ray_jobs.serve.guards import Guards
 from ray_jobs.serve.service import Service
 
 PAGE = Path(__file__).parent / "page"
-MAX_ITEMS = 1_000_000
-"""Separators in a body: a million small things are larger in memory than on the wire."""
+MAX_ITEMS = 250_000
+"""Separators in a body: many small things take more memory and time than their bytes say."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": about}
     for status, about in {
@@ -69,8 +69,8 @@ class _BoundedRoute(APIRoute):
         return bounded
 
 
-def make_app(service: Service) -> Guards:
-    """The ASGI app of one replica, guards included."""
+def make_app(service: Service, *, behind_proxy: bool = False) -> Guards:
+    """The ASGI app of one replica, guards included; `behind_proxy` as in Guards."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -89,7 +89,7 @@ def make_app(service: Service) -> Guards:
     _add_api(app, service)
     _add_page(app, service)
     paths = [getattr(route, "path", "") for route in app.routes]
-    return Guards(app, service.cfg, service.keys, service.metrics, paths)
+    return Guards(app, service.cfg, service.keys, service.metrics, paths, behind_proxy)
 
 
 def _add_api(app: FastAPI, service: Service) -> None:

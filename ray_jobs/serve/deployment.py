@@ -66,7 +66,7 @@ class Replica:
     def __serve_build_asgi_app__(self) -> Any:
         from ray_jobs.serve.app import make_app
 
-        return make_app(self._service)
+        return make_app(self._service, behind_proxy=True)
 
     def check_health(self) -> None:
         """Called by Serve; raises when the engine is gone."""

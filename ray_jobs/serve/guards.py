@@ -78,10 +78,15 @@ class Guards:
         keys: who may.
         metrics: counts requests and errors.
         routes: the app's paths; any other is logged as "other".
+        behind_proxy: Serve's proxy makes the request ids and puts them into the answers.
     """
 
-    def __init__(self, app: ASGIApp, cfg: Config, keys: Keys, metrics: Metrics, routes: Collection[str]) -> None:
+    def __init__(
+        self, app: ASGIApp, cfg: Config, keys: Keys, metrics: Metrics, routes: Collection[str],
+        behind_proxy: bool = False,
+    ) -> None:  # fmt: skip
         self._app = app
+        self._behind_proxy = behind_proxy
         self._cfg = cfg
         self._keys = keys
         self._metrics = metrics
@@ -198,7 +203,8 @@ class Guards:
                 exchange.status = message["status"]
                 headers = [(k, v) for k, v in message.get("headers", [])]
                 headers += [(name.encode(), value.encode()) for name, value in _HEADERS]
-                headers.append((b"x-request-id", exchange.request_id.encode()))
+                if not self._behind_proxy:
+                    headers.append((b"x-request-id", exchange.request_id.encode()))
                 if private:
                     headers.append((b"cache-control", b"no-store"))
                 message = {**message, "headers": headers}
@@ -259,7 +265,7 @@ class CleanErrors:
             nonlocal begun, ended, ours, streams
             if message["type"] == "http.response.start":
                 names = {k.lower(): v for k, v in message.get("headers", [])}
-                ours = b"x-request-id" in names or message["status"] < 500
+                ours = b"content-security-policy" in names or message["status"] < 500
                 streams = names.get(b"content-type", b"").startswith(b"text/event-stream")
                 begun = True
                 if not ours:

@@ -29,7 +29,7 @@ class RunLengths(_Strict):
 
     size: Annotated[list[Annotated[int, Field(ge=1, le=65535)]], Field(min_length=2, max_length=2)]
     """Height, width: those of the image."""
-    counts: str | Annotated[list[Annotated[int, Field(ge=0, le=1 << 32)]], Field(max_length=400_000, fail_fast=True)]
+    counts: str | Annotated[list[Annotated[int, Field(ge=0, le=1 << 32)]], Field(max_length=200_000, fail_fast=True)]
     """Compressed string, or list of run lengths."""
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import socket
 import subprocess
@@ -68,14 +67,14 @@ def _descendants(root: int) -> list[tuple[int, str]]:
     """(pid, command line) of every process below `root`."""
     parents: dict[int, int] = {}
     names: dict[int, str] = {}
-    for entry in os.listdir("/proc"):
-        if entry.isdigit():
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
             try:
-                stat = Path("/proc", entry, "stat").read_text()
-                names[int(entry)] = Path("/proc", entry, "cmdline").read_text().replace("\0", " ").strip()
+                stat = (entry / "stat").read_text()
+                names[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
             except OSError:
                 continue  # it ended meanwhile
-            parents[int(entry)] = int(stat.rpartition(")")[2].split()[1])
+            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
     found = []
     for pid, name in names.items():
         above = pid

@@ -204,7 +204,7 @@ def test_a_replica_that_dies_leaves_a_clean_error(begun: bytes | None) -> None:
 
     async def proxy(scope: Any, receive: Any, send: Any) -> None:
         if begun is not None:
-            headers = [(b"content-type", begun), (b"x-request-id", b"1")]
+            headers = [(b"content-type", begun), (b"content-security-policy", b"1")]
             await send({"type": "http.response.start", "status": 200, "headers": headers})
             await send({"type": "http.response.body", "body": b"data: {}\n\n", "more_body": True})
 

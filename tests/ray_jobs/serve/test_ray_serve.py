@@ -1,4 +1,4 @@
-"""The endpoint on Ray Serve, as its users meet it: OpenAI's client, DAM's clients, batch's captions, a dying replica."""
+"""The endpoint on Ray Serve as its users meet it: OpenAI's client, DAM's clients, batch's captions, a dying replica."""
 
 from __future__ import annotations
 
@@ -112,6 +112,7 @@ def test_the_access_log_and_the_page_are_there(served: Served) -> None:
     assert answer.headers["x-request-id"] == "abc"
 
 
+@pytest.mark.slow
 def test_a_replica_that_is_killed_under_load_costs_what_it_held(served: Served) -> None:
     """What it held gets 503 and Retry-After in OpenAI's shape; what comes later is served by its successor."""
     httpx2.post(f"{served.url}/v1/chat/completions", json=chat(RGBA, max_tokens=2), timeout=120)
