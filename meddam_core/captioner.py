@@ -31,6 +31,7 @@ from meddam_core.focal import Aspect, FocalImage
 from meddam_core.imaging.render import render
 from meddam_core.prompts import Prompt
 from meddam_core.records import (
+    Egress,
     FinishReason,
     Image,
     Label,
@@ -56,6 +57,8 @@ class ViewRules:
     """Share of the box's width and height added on each side."""
     window: str | None = None
     """Name of a window preset, for all images."""
+    egress: tuple[Egress, ...] | None = None
+    """Policies under which pictures may go to the engine; None for one inside the cluster, which may see all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,8 +23,8 @@ from typing import Any
 from meddam_core import storage
 from ray_jobs.actors import DescribeRegions, ExtractRegions
 from ray_jobs.audit import audit
-from ray_jobs.caption_config import Config
-from ray_jobs.captioners import CaptionerSpec, resolve
+from ray_jobs.caption_config import REMOTE, Config
+from ray_jobs.captioners import AnySpec, release, resolve
 from ray_jobs.estimate import Estimate, estimate
 from ray_jobs.lease import Lease
 from ray_jobs.monitor import start_monitor
@@ -70,17 +70,20 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
                 if stopped is not None or not plan.begin(spec):
                     break
                 stopped = _caption(cfg, plan, spec, monitor, shown)
+            release(spec)
             return _publish(plan, monitor, stopped, started, shown)
 
 
 def _dry_run(cfg: Config, directory: RunDirectory) -> Estimate:
+    if cfg.engine == REMOTE:
+        raise ValueError("a dry run captions a few images, which a remote endpoint would be paid for; leave it out")
     plan = open_run(cfg, directory, retry=False)
     with session(cfg.num_cpus):
         spec = resolve(cfg, plan.prompts, plan.begun_engine)
         return estimate(plan, spec, share_cpus(spec.num_captioners, cfg.num_extractors).max_extractors)
 
 
-def _caption(cfg: Config, plan: Plan, spec: CaptionerSpec, monitor: Any, shown: ProgressFile) -> str | None:
+def _caption(cfg: Config, plan: Plan, spec: AnySpec, monitor: Any, shown: ProgressFile) -> str | None:
     """One pass over what is missing. Returns why it was stopped, or None."""
     import ray
 

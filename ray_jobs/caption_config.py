@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core.engines.base import Sampling
+from meddam_core.judging.egress import Retention
+
+REMOTE = "remote"
 
 
 class Config(BaseModel):
@@ -17,7 +22,7 @@ class Config(BaseModel):
     out: str
     """The run directory, on S3 or disk. Run again with the same to resume."""
     model: str
-    """DAM checkpoint folder, in the official layout."""
+    """DAM checkpoint folder, in the official layout; with --engine remote the name of a model."""
     prompts: tuple[str, ...] = ("meddam-v1",)
     """Prompt ids (see `meddam_core.prompts`) or text files; every region is described once for each."""
     num_samples: int = Field(1, ge=1)
@@ -39,7 +44,7 @@ class Config(BaseModel):
     window: str | None = None
     """Window preset for all images; by default the recipe's."""
     engine: str = "auto"
-    """auto, torch, mii, or module:Class of your own."""
+    """auto, torch, mii, remote, or module:Class of your own."""
     device: str = "auto"
     """auto, cpu or cuda."""
     dtype: str = Field("auto", pattern="^(auto|float32|bfloat16|float16)$")
@@ -62,8 +67,34 @@ class Config(BaseModel):
     """Stop when the first so many images all fail."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
+    base_url: str | None = None
+    """remote: the OpenAI-compatible endpoint, http(s)://HOST/v1."""
+    retention: Retention = "retains"
+    """remote: what you declare about the endpoint: inside (of the cluster), zero-retention, or retains."""
+    api_key_env: str = "OPENAI_API_KEY"
+    """remote: environment variable that holds the endpoint's key."""
+    show: Literal["both", "crop", "full"] = "both"
+    """remote: the whole image and the crop of the region, or one of them."""
+    draw_box: bool = True
+    """remote: draw a box around the region in the whole image."""
+    view_size: int = Field(1024, ge=64, le=4096)
+    """remote: side of the pictures it is shown, pixels."""
+    requests_per_min: float | None = Field(None, ge=1)
+    """remote: what the endpoint allows; all jobs of the cluster share it."""
+    tokens_per_min: float | None = Field(None, ge=1)
+    """remote: what the endpoint allows."""
+    max_concurrent: int = Field(32, ge=1)
+    """remote: calls in flight, at most."""
+    timeout_s: float = Field(120.0, gt=0)
+    """remote: a call that takes longer is tried again."""
     dry_run: bool = False
     """Count the input, measure a few images, say what the run would take, and write nothing."""
+
+    @model_validator(mode="after")
+    def _remote(self) -> Config:
+        if (self.engine == REMOTE) != (self.base_url is not None):
+            raise ValueError("--engine remote needs --base-url, the endpoint of --model, and no other engine takes one")
+        return self
 
     @property
     def sampling(self) -> Sampling:

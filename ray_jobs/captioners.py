@@ -6,10 +6,18 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
+from meddam_core import storage
 from meddam_core.captioner import Captioner
 from meddam_core.engines.base import Sampling
+from meddam_core.judging.budget import Limits
 from meddam_core.prompts import Prompt
-from ray_jobs.caption_config import Config
+from ray_jobs.caption_config import REMOTE, Config
+from ray_jobs.judges import ActorPermits
+from ray_jobs.permits import end_permits, start_permits
+from ray_jobs.remote_captioner import RemoteSpec, endpoint_of
+
+PATIENCE_S = 600.0
+"""A remote endpoint that answers nothing for so long fails the captions that wait for it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +59,10 @@ class CaptionerSpec:
         return {"engine": self.engine, "kernels": self.kernels, "dtype": self.dtype}
 
 
-def resolve(cfg: Config, prompts: tuple[Prompt, ...], begun: dict[str, str] | None) -> CaptionerSpec:
+AnySpec = CaptionerSpec | RemoteSpec
+
+
+def resolve(cfg: Config, prompts: tuple[Prompt, ...], begun: dict[str, str] | None) -> AnySpec:
     """Chooses device, dtype, engine and kernels for the whole run, on the node kind that will do the work.
 
     `begun` is what a run that has begun was begun with: it stays where the configuration says "auto". Needs Ray.
@@ -59,6 +70,17 @@ def resolve(cfg: Config, prompts: tuple[Prompt, ...], begun: dict[str, str] | No
     """
     import ray
 
+    if cfg.engine == REMOTE:
+        endpoint = endpoint_of(cfg)
+        limits = Limits(requests_per_min=cfg.requests_per_min, tokens_per_min=cfg.tokens_per_min,
+                        max_concurrent=cfg.max_concurrent)  # fmt: skip
+        actor = start_permits(
+            endpoint.base_url, limits, run=cfg.out, max_usd=None, state_uri=storage.join(cfg.out, "budget.json"),
+            timeout_s=cfg.timeout_s, patience_s=PATIENCE_S,
+        )  # fmt: skip
+        return RemoteSpec(
+            cfg=cfg, prompts=prompts, permits=ActorPermits(actor, cfg.out), num_captioners=cfg.num_captioners or 1
+        )
     gpus = int(ray.cluster_resources().get("GPU", 0))
     device = ("cuda" if gpus else "cpu") if cfg.device == "auto" else cfg.device
     if device == "cuda" and not gpus:
@@ -76,6 +98,12 @@ def resolve(cfg: Config, prompts: tuple[Prompt, ...], begun: dict[str, str] | No
         num_threads=num_threads, prompts=prompts, sampling=cfg.sampling, num_samples=cfg.num_samples,
         num_captioners=num_captioners, gpus_each=gpus_each,
     )  # fmt: skip
+
+
+def release(spec: AnySpec) -> None:
+    """Lets go of what a spec holds in the cluster: a remote one its place at the endpoint's permits."""
+    if isinstance(spec, RemoteSpec):
+        end_permits(spec.permits.actor, spec.permits.run)
 
 
 def _probe(engine: str, model: str, device: str, dtype: str) -> tuple[str, str]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from ray_jobs.captioners import CaptionerSpec
+from ray_jobs.captioners import AnySpec
 from ray_jobs.plan import Plan
 from ray_jobs.progress import duration
 
@@ -69,7 +69,7 @@ class Estimate(BaseModel):
         return self.num_images / (self.images_prepared_per_s * self.num_extractors)
 
 
-def estimate(plan: Plan, spec: CaptionerSpec, num_extractors: int) -> Estimate:
+def estimate(plan: Plan, spec: AnySpec, num_extractors: int) -> Estimate:
     """Measures a few images with the run's captioner. Needs Ray. Raises ValueError where no image has a region."""
     import ray
 
@@ -90,7 +90,7 @@ def estimate(plan: Plan, spec: CaptionerSpec, num_extractors: int) -> Estimate:
     return Estimate(**shared, seconds=max(rough._describe_s(), rough._extract_s()))
 
 
-def _measure(spec: CaptionerSpec, rules: Any, uris: list[str]) -> dict[str, Any]:
+def _measure(spec: AnySpec, rules: Any, uris: list[str]) -> dict[str, Any]:
     from meddam_core.captioner import RegionPreparer
     from meddam_core.records import RowError
     from meddam_core.shards import read_shard

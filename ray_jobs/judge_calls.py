@@ -32,7 +32,8 @@ from meddam_core.records import Egress
 from qa_library.questions import Question
 from ray_jobs.permits import Grant, Refusal, Settled
 
-STORE_EVERY_S = 0.2
+STORE_EVERY_S = 0.05
+"""How long verdicts wait for company on their way to the store: what a kill within it makes one pay twice."""
 STORE_ROWS = 256
 
 

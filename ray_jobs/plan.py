@@ -25,13 +25,14 @@ from meddam_core.prompts import Prompt, load_prompt
 from meddam_core.records import REGION_BITS, Status
 from meddam_core.shards import shard_recipes
 from ray_jobs.audit import Audit, images_in
-from ray_jobs.caption_config import Config
-from ray_jobs.captioners import CaptionerSpec
+from ray_jobs.caption_config import REMOTE, Config
+from ray_jobs.captioners import AnySpec
 from ray_jobs.checkpoints import committed_ids, repair
 from ray_jobs.fingerprint import STAGES, differences, inputs_digest, weights_digest
 from ray_jobs.monitor import Totals
 from ray_jobs.progress import speed_figures, speed_line
 from ray_jobs.publish import Generation
+from ray_jobs.remote_captioner import allowed_egress, remote_digest
 from ray_jobs.run_directory import RUN, SUMMARY, InputShard, RunDirectory
 from ray_jobs.snapshot import changed, snapshot
 from ray_jobs.summary import Summary
@@ -60,7 +61,7 @@ class Plan:
     unfinished: list[InputShard] = field(default_factory=list)
     num_images_left: int = 0
     num_regions_left: int = 0
-    spec: CaptionerSpec | None = None
+    spec: AnySpec | None = None
 
     @property
     def model_name(self) -> str:
@@ -73,7 +74,7 @@ class Plan:
         """Images of this attempt, done or not."""
         return sum(s.num_images for s in self.shards) if self.only is None else len(self.only)
 
-    def begin(self, spec: CaptionerSpec) -> bool:
+    def begin(self, spec: AnySpec) -> bool:
         """Writes run.json where this is a new run, mends the checkpoint, and finds what is left. False: nothing."""
         self.spec = spec
         if self.begun_engine is None:
@@ -120,8 +121,7 @@ def open_run(cfg: Config, directory: RunDirectory, retry: bool) -> Plan:
     """
     prompts = tuple(load_prompt(p) for p in cfg.prompts)
     _check(cfg, prompts)
-    size = read_config(cfg.model).view.size
-    rules = ViewRules(size=size, aspect=cfg.aspect, margin=cfg.margin, window=cfg.window)  # type: ignore[arg-type]
+    rules = _view_rules(cfg)
     described = directory.read_json(RUN)
     now = snapshot(cfg.shards)
     _check_views(prompts, now)
@@ -166,8 +166,8 @@ def finish_summary(
         kernels=plan.spec.kernels, finished_at=_now(), audit=found.to_json() if found else None, session={
             "num_images": totals.num_images, "num_regions": totals.num_regions, "num_tokens": totals.num_tokens,
             "seconds": round(time.monotonic() - started, 1), "worker_deaths": totals.num_deaths,
-            "num_captioners": len(totals.busy_s), "quarantined": [str(i) for i in totals.quarantined], "speed": speed_line(totals),
-            **speed_figures(totals),
+            "num_captioners": len(totals.busy_s), "quarantined": [str(i) for i in totals.quarantined],
+            "speed": speed_line(totals), **speed_figures(totals),
         },
     )  # fmt: skip
 
@@ -195,6 +195,14 @@ def _check_views(prompts: tuple[Prompt, ...], shards: list[InputShard]) -> None:
     )
 
 
+def _view_rules(cfg: Config) -> ViewRules:
+    """How regions are shown: to a remote model as pictures that keep their shape, and only those that it may see."""
+    chosen: Any = {"margin": cfg.margin, "window": cfg.window}
+    if cfg.engine == REMOTE:
+        return ViewRules(size=cfg.view_size, aspect=cfg.aspect or "pad", egress=allowed_egress(cfg), **chosen)  # type: ignore[arg-type]
+    return ViewRules(size=read_config(cfg.model).view.size, aspect=cfg.aspect, **chosen)  # type: ignore[arg-type]
+
+
 def _fingerprint(
     cfg: Config, shards: list[InputShard], prompts: tuple[Prompt, ...], rules: ViewRules
 ) -> dict[str, Any]:
@@ -204,13 +212,13 @@ def _fingerprint(
         "prompts": {p.id: p.version for p in prompts},
         "num_samples": cfg.num_samples,
         "sampling": {k: getattr(sampling, k) for k in ("max_new_tokens", "temperature", "top_p", "top_k", "seed")},
-        "weights": weights_digest(cfg.model),
+        "weights": remote_digest(cfg.model) if cfg.engine == REMOTE else weights_digest(cfg.model),
         "views": {k: getattr(rules, k) for k in ("size", "aspect", "margin", "window")},
         "stages": STAGES,
     }
 
 
-def _description(plan: Plan, spec: CaptionerSpec) -> dict[str, Any]:
+def _description(plan: Plan, spec: AnySpec) -> dict[str, Any]:
     return {
         "meddam": __version__,
         "begun_at": _now(),

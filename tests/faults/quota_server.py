@@ -179,6 +179,8 @@ def _text(asked: dict[str, Any], seen: Seen) -> str:
     odd = {"prose": "Nach sorgfältiger Betrachtung: eher ja, eher nein.", "letter": '{"choice": "Z"}', "empty": ""}
     if seen.outcome in odd:
         return odd[seen.outcome]
+    if "response_format" not in asked:  # a caption is asked for
+        return f"A region like {seen.key}."
     letters = asked["response_format"]["json_schema"]["schema"]["properties"]["choice"]["enum"]
     return json.dumps({"choice": letters[int(seen.key, 16) % len(letters)]})
 
