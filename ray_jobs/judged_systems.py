@@ -122,7 +122,7 @@ def read_systems(runs: Sequence[JudgedRun]) -> list[System]:
     for system in systems:
         _check_once(system)
     systems += [
-        System(name=role, role=role, judged=[j for rows in found.values() for j in rows])
+        System(name=f"control:{role}", role=role, judged=[j for rows in found.values() for j in rows])
         for role, found in controls.items()
         if found
     ]

@@ -10,6 +10,7 @@ Notes:
 from __future__ import annotations
 
 import random
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -101,7 +102,7 @@ def _statement(fact: Fact) -> str:
 
 def _plain(name: str) -> str:
     """A name without what stands in brackets."""
-    return name.split(" (", 1)[0]
+    return re.sub(r" \([^)]*\)", "", name)
 
 
 def _class_name(template_set: TemplateSet) -> str:
