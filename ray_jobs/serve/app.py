@@ -36,7 +36,7 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": about}
     for status, about in {
         400: "The request cannot be served as it is.", 401: "No API key, or a wrong one.",
-        408: "The body came too slowly.", 413: "The body or the picture is too large.",
+        404: "There is no such model.", 408: "The body came too slowly.", 413: "The body or the picture is too large.",
         415: "The body is not JSON.", 429: "Too many requests, or the day's captions are used up.",
         500: "The engine failed on this request.", 503: "Full, or a replica was lost: try again after Retry-After.",
         504: "The time limit of a request passed.",
@@ -123,7 +123,7 @@ def _add_api(app: FastAPI, service: Service) -> None:
     async def list_models() -> Response:
         return JSONResponse({"object": "list", "data": [service.card()]})
 
-    @app.get("/v1/models/{model:path}", responses={200: {"model": schema.ModelCard}, 404: _ERRORS[400], **keyed})
+    @app.get("/v1/models/{model:path}", responses={200: {"model": schema.ModelCard}, 404: _ERRORS[404], **keyed})
     async def get_model(model: str) -> Response:
         service.check_model(model, "openai")
         return JSONResponse(service.card())

@@ -5,9 +5,11 @@ Unknown fields are refused by name: a misspelt `temprature` that changes nothing
 
 from __future__ import annotations
 
+import itertools
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic.config import JsonDict
 
 from meddam_core.focal import Aspect
 from meddam_core.prompts import Length
@@ -33,8 +35,21 @@ class RunLengths(_Strict):
     """Compressed string, or list of run lengths."""
 
 
+_WHERES = ("box", "mask", "polygon", "points")
+
+
+def _both(a: str, b: str) -> JsonDict:
+    given: JsonDict = {"not": {"type": "null"}}
+    return {"required": [a, b], "properties": {a: given, b: given}}
+
+
+_AT_MOST_ONE: JsonDict = {"not": {"anyOf": [_both(a, b) for a, b in itertools.combinations(_WHERES, 2)]}}
+
+
 class Where(_Strict):
     """Where a region is; at most one of these."""
+
+    model_config = ConfigDict(json_schema_extra=_AT_MOST_ONE)
 
     box: Annotated[list[Coordinate], Field(min_length=4, max_length=4)] | None = None
     """x0, y0, x1, y1 in pixels of the image; x1 and y1 are outside."""
@@ -47,7 +62,7 @@ class Where(_Strict):
 
     @model_validator(mode="after")
     def _one(self) -> Where:
-        given = [n for n in ("box", "mask", "polygon", "points") if getattr(self, n) is not None]
+        given = [n for n in _WHERES if getattr(self, n) is not None]
         if len(given) > 1:
             raise ValueError(f"a region is one of box, mask, polygon and points; these were given: {', '.join(given)}")
         return self
@@ -56,7 +71,7 @@ class Where(_Strict):
 class ImageUrl(_Strict):
     """A picture."""
 
-    url: str
+    url: Annotated[str, StringConstraints(min_length=5)]
     """data: URL with base64 content: PNG, JPEG, TIFF, WebP, BMP, GIF, DICOM or NIfTI. https only from allowed hosts."""
     detail: Literal["auto", "low", "high"] | None = None
     """Accepted for OpenAI's sake; DAM always sees the full view and the focal crop."""
@@ -164,7 +179,7 @@ class RegionToDescribe(Where):
 
     @model_validator(mode="after")
     def _some(self) -> RegionToDescribe:
-        if all(getattr(self, n) is None for n in ("box", "mask", "polygon", "points")):
+        if all(getattr(self, n) is None for n in _WHERES):
             raise ValueError("a region needs a box, a mask, a polygon or points")
         return self
 
@@ -172,7 +187,7 @@ class RegionToDescribe(Where):
 class DescribeRequest(Sampled):
     """POST /v1/regions:describe: one image, many regions."""
 
-    image: str
+    image: Annotated[str, StringConstraints(min_length=4)]
     """base64 or data: URL: DICOM, PNG, JPEG, TIFF, WebP, BMP, GIF or NIfTI."""
     regions: Annotated[list[RegionToDescribe], Field(max_length=MAX_REGIONS, fail_fast=True)] = Field(
         default_factory=list
@@ -187,7 +202,7 @@ class DescribeRequest(Sampled):
 class RenderRequest(_Strict):
     """POST /v1/images:render: a picture for people, of any file that can be described."""
 
-    image: str
+    image: Annotated[str, StringConstraints(min_length=4)]
     frame: Annotated[int, Field(ge=0, le=1_000_000)] | None = None
     window: Name | None = None
 

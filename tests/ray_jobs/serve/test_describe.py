@@ -97,7 +97,7 @@ def test_without_regions_the_alpha_or_the_detector_says_where(client: TestClient
 
 
 def test_no_more_regions_than_configured(make_client: Made) -> None:
-    body = {"image": "x", "regions": [{"box": [0, 0, 9, 9]}] * 3}
+    body = {"image": "AAAA", "regions": [{"box": [0, 0, 9, 9]}] * 3}
     answer = make_client(max_regions=2).post("/v1/regions:describe", json=body)
     assert (answer.status_code, answer.json()["error"]["code"]) == (400, "too_many_regions")
 
