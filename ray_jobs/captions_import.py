@@ -43,7 +43,7 @@ from meddam_core.records import (
     arrow_schema,
     to_row,
 )
-from meddam_core.shards import read_shard
+from meddam_core.shards import read_shard, shard_facts
 from ray_jobs import summary as caption_summary
 from ray_jobs.audit import audit
 from ray_jobs.fingerprint import STAGES, inputs_digest
@@ -112,31 +112,29 @@ def run(cfg: Config) -> Summary:
     holds a run already; StorageError where it cannot be written.
     """
     directory = RunDirectory(cfg.out)
-    if directory.read_json(RUN) is not None:
+    if directory.read_json(SUMMARY) is not None:
         raise ValueError(f"{directory.uri} holds a run already; give another --out")
     texts = _sorted(read_captions(cfg.table, cfg.prompt_id))
     shards = snapshot(cfg.shards)
+    regions = np.concatenate([shard_facts(s.uri).region_ids for s in shards])
+    if not np.isin(texts.regions, regions).any():
+        raise ValueError(f"{cfg.table} has no caption of a region of {', '.join(cfg.shards)}: region_id must be theirs")
     storage.check_writable(directory.uri)
     keys = sorted(set(zip(texts.prompts, texts.samples.tolist(), strict=True)))
     prompts = sorted({p for p, _ in keys})
     num_samples = 1 + max(s for _, s in keys)
     directory.write_inputs(shards)
     directory.write_json(_description(cfg, shards, prompts, num_samples), RUN)
-    files, known = [], 0
+    files = []
     for i, shard in enumerate(shards):
-        captions, used = _captions(shard, texts, prompts, num_samples, cfg.model)
-        known += used
+        captions = _captions(shard, texts, prompts, num_samples, cfg.model)
         if captions.num_rows:
             files.append({"name": f"captions-{i:06d}.parquet", "num_rows": captions.num_rows, "part": shard.uri})
             sink = io.BytesIO()
             pq.write_table(captions, sink, compression="zstd")
             storage.write_bytes(directory.at("captions", "gen=1", str(files[-1]["name"])), sink.getvalue())
-    if not known:
-        raise ValueError(
-            f"{cfg.table} holds no caption of a region of {', '.join(cfg.shards)}: region_id must be theirs"
-        )
     directory.write_json({"files": files}, "captions", "gen=1", MANIFEST)
-    return _finish(directory, shards, files, texts)
+    return _finish(directory, shards, files, texts.regions[~np.isin(texts.regions, regions)])
 
 
 class ListConfig(BaseModel):
@@ -202,7 +200,11 @@ def read_captions(uri: str, prompt_id: str = IMPORTED) -> pa.Table:
     except pa.ArrowInvalid as error:
         raise ValueError(f"{uri}: region_id and sample must be whole numbers") from error
     num = table.num_rows
-    prompts = table["prompt_id"].cast(pa.string()) if "prompt_id" in table.column_names else pa.array([prompt_id] * num)
+    prompts = (
+        table["prompt_id"].cast(pa.string())
+        if "prompt_id" in table.column_names
+        else pa.array([prompt_id] * num, pa.string())
+    )
     return pa.table(
         {
             "region_id": regions, "text": table[text].cast(pa.string()), "prompt_id": pc.fill_null(prompts, prompt_id),
@@ -228,20 +230,17 @@ def _sorted(table: pa.Table) -> _Texts:
     return found
 
 
-def _captions(
-    shard: InputShard, texts: _Texts, prompts: list[str], num_samples: int, model: str
-) -> tuple[pa.Table, int]:
-    """The published rows of a shard, and how many rows of the table they took."""
-    rows, used = [], 0
+def _captions(shard: InputShard, texts: _Texts, prompts: list[str], num_samples: int, model: str) -> pa.Table:
+    """The published rows of a shard."""
+    rows = []
     for image in read_shard(shard.uri, columns=_KEPT, batch_rows=256):
         captions = []
         for region in image.regions:
             given = {(p, s): text for p, s, text in texts.of(region.region_id)}
-            used += len(given)
             for prompt in prompts:
                 captions += [_caption(region, prompt, s, given.get((prompt, s))) for s in range(num_samples)]
         rows.append(to_row(_row(image, captions, model)))
-    return flatten(pa.Table.from_pylist(rows, schema=arrow_schema(CaptionedImage))), used
+    return flatten(pa.Table.from_pylist(rows, schema=arrow_schema(CaptionedImage)))
 
 
 def _caption(region: Any, prompt: str, sample: int, text: str | None) -> RegionCaption:
@@ -273,9 +272,8 @@ def _description(cfg: Config, shards: list[InputShard], prompts: list[str], num_
     }  # fmt: skip
 
 
-def _finish(directory: RunDirectory, shards: list[InputShard], files: list[Any], texts: _Texts) -> Summary:
+def _finish(directory: RunDirectory, shards: list[InputShard], files: list[Any], unknown: NDArray[np.int64]) -> Summary:
     found = audit(directory, [directory.at("captions", "gen=1", f["name"]) for f in files])
-    unknown = texts.regions[~np.isin(texts.regions, _region_ids(directory, files))]
     summary = Summary(
         state="complete" if found.clean else "incomplete", generation=1, attempt=1,
         num_images=sum(s.num_images for s in shards), num_regions=found.num_regions, num_captions=found.num_published,
@@ -286,14 +284,6 @@ def _finish(directory: RunDirectory, shards: list[InputShard], files: list[Any],
     kept = summary.model_dump(mode="json", exclude={"num_unknown", "unknown_regions"})
     directory.write_json(kept | {"session": {"num_unknown": summary.num_unknown}}, SUMMARY)
     return summary
-
-
-def _region_ids(directory: RunDirectory, files: list[Any]) -> NDArray[np.int64]:
-    ids = [np.empty(0, np.int64)]
-    for file in files:
-        fs, path = storage.open_uri(directory.at("captions", "gen=1", file["name"]))
-        ids.append(pq.read_table(path, filesystem=fs, columns=["region_id"], partitioning=None)["region_id"].to_numpy())
-    return np.unique(np.concatenate(ids))
 
 
 def _now() -> str:
