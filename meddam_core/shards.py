@@ -62,7 +62,7 @@ def write_shard(
     before the shard appears. Raises OSError where the place cannot be written.
     """
     schema = shard_schema(metadata if isinstance(metadata, Mapping) else {})
-    with _appearing_whole(uri) as path, _writer(path, schema) as writer:
+    with appearing_whole(uri) as path, _writer(path, schema) as writer:
         for group in _row_groups(images):
             writer.write_table(pa.Table.from_pylist([to_row(i) for i in group], schema=schema))
         if callable(metadata):
@@ -197,7 +197,7 @@ def _row_groups(images: Iterable[Image]) -> Iterator[list[Image]]:
 
 
 @contextmanager
-def _appearing_whole(uri: str) -> Iterator[str]:
+def appearing_whole(uri: str) -> Iterator[str]:
     """A local path to write to, which becomes the file or object `uri` at the end, or nothing if the body raises."""
     fs, path = storage.open_uri(uri)
     if isinstance(fs, pafs.LocalFileSystem):

@@ -26,6 +26,7 @@ from pydantic import BaseModel
 from meddam_core import __version__
 from meddam_core.storage import explain
 from ray_jobs import (
+    adjudicate,
     audit,
     benchmark,
     caption,
@@ -49,6 +50,7 @@ from ray_jobs import (
     qa,
     report,
     status,
+    withdraw,
 )
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
@@ -240,6 +242,10 @@ _job(
 )  # fmt: skip
 _job("doctor", doctor.Config, doctor.run, [], {}, "Look whether this cluster and this bucket are fit for a run.")
 _job(
+    "withdraw", withdraw.Config, withdraw.run, ["places"], {},
+    "Take a patient's rows out of datasets, runs and exports, and record that it was done.",
+)  # fmt: skip
+_job(
     "plan", cost.Config, cost.run, ["shards"], {},
     "Say what a run will take in hours and money, from measured rates and a table of prices.",
 )  # fmt: skip
@@ -259,6 +265,13 @@ _job(
     "pairs", check_pairs.Config, check_pairs.run, ["shards"], {"out": "-o", "model": "-m"},
     check_pairs.Config.__doc__ or "", _check,
 )  # fmt: skip
+_adjudicate = typer.Typer(help="Have two clinicians check a judge, blind.", no_args_is_help=True)
+app.add_typer(_adjudicate, name="adjudicate")
+for _name, _config, _do, _argument in (
+    ("sheets", adjudicate.SheetsConfig, adjudicate.write_sheets, "run"),
+    ("score", adjudicate.ScoreConfig, adjudicate.score, "sheets"),
+):
+    _job(_name, _config, _do, [_argument], {"out": "-o"} if _name == "sheets" else {}, _config.__doc__ or "", _adjudicate)
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 
 

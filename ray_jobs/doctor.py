@@ -164,13 +164,13 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
 
     with session():
         alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
-        probe = ray.remote(node_facts).options(num_cpus=0, max_retries=0)
-        asked = [
-            probe.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(
-                cfg.model, time.time()
+        probe = ray.remote(node_facts)
+        asked = []
+        for node in alive:
+            there = NodeAffinitySchedulingStrategy(node, soft=False)
+            asked.append(
+                probe.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(cfg.model, time.time())
             )
-            for node in alive
-        ]
         done, late = ray.wait(asked, num_returns=len(asked), timeout=cfg.wait_s)
         nodes = [ray.get(answer) for answer in done]
         for facts in nodes:  # a worker process may have taken some of this time to start

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 from meddam_core.records import Reason
+from ray_jobs.run_metrics import RunMetrics
 
 Stage = Literal["extract", "describe"]
 
@@ -135,12 +136,28 @@ class RunMonitor:
         return None
 
 
+class _MeasuredMonitor(RunMonitor):
+    """The monitor with its totals as Prometheus metrics: Ray puts `ray_` before their names and exports them."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._metrics = RunMetrics()
+
+    def report(self, captioner: str, **batch: Any) -> str | None:
+        busy_before_s = self._totals.busy_s.get(captioner, 0.0)
+        stop = super().report(captioner, **batch)
+        t = self._totals
+        gauges = (len(t.busy_s), t.num_deaths, len(t.quarantined))
+        self._metrics.add(batch, max(0.0, t.busy_s[captioner] - busy_before_s), *gauges)
+        return stop
+
+
 def start_monitor(max_failed_share: float, canary_images: int, min_images: int) -> Any:
     """The monitor as a Ray actor that lives as long as the driver and takes no CPU."""
     import ray
 
     return (
-        ray.remote(RunMonitor)
+        ray.remote(_MeasuredMonitor)
         .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
         .remote(max_failed_share, canary_images, min_images)
     )

@@ -33,6 +33,7 @@ class Head:
     """A head at work."""
 
     url: str
+    metrics_url: str
     env: dict[str, str]
     """Of a client that has the token."""
     checkout: Path
@@ -94,6 +95,7 @@ def started_head(folder: Path, **extra: str) -> Iterator[Head]:
             shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
         shutil.copy(ROOT / "runtime_env.yaml", checkout)
         head = Head(
+            metrics_url=f"http://127.0.0.1:{agents[2]}/metrics",
             checkout=checkout,
             url=f"http://127.0.0.1:{dashboard}",
             env=env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def test_a_caption_job_is_submitted_with_a_token_and_not_without(head: Head, tmp
 @pytest.mark.slow
 def test_exit_codes_cancel_and_resume_of_jobs(head: Head, tmp_path: Path) -> None:
     looked = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.doctor", "--model", MODEL)
-    assert looked.returncode == 0 and "the same on 1 node" in looked.stdout and "RAY_AUTH_MODE=token" in looked.stdout
+    assert looked.returncode == 0, looked.stdout[-4000:]
+    assert "the same on 1 node" in looked.stdout and "RAY_AUTH_MODE=token" in looked.stdout
     wrong = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.caption", str(tmp_path), "--out", "x", "--model", MODEL)
     assert wrong.returncode != 0 and "there are no image shards" in wrong.stdout + wrong.stderr
     assert "exit code 2" in wrong.stdout + wrong.stderr
@@ -58,6 +60,10 @@ def test_exit_codes_cancel_and_resume_of_jobs(head: Head, tmp_path: Path) -> Non
     while not (Path(out) / "inputs.parquet").exists() or not status(StatusConfig(run=out)).num_images_done:
         assert time.monotonic() < deadline, head.ray("job", "logs", "cancelled").stdout[-2000:]
         time.sleep(0.2)
+    while "ray_meddam_regions_total" not in (exported := urllib.request.urlopen(head.metrics_url).read().decode()):
+        assert time.monotonic() < deadline
+        time.sleep(0.5)
+    assert "ray_meddam_captioners" in exported and str(tmp_path) not in exported
     assert head.ray("job", "stop", "cancelled").returncode == 0
     said = json.loads((Path(out) / "progress.json").read_text())
     assert said["phase"] == "interrupted" and status(StatusConfig(run=out)).exit_code == 4

@@ -178,3 +178,16 @@ def test_the_image_holds_what_the_package_is_made_of_and_runs_as_nobody() -> Non
 
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(extras.split(",")) | {"mii-kernels"} <= set(known)
+
+
+def test_the_dashboard_shows_metrics_that_there_are() -> None:
+    from ray_jobs.run_metrics import BY_REASON, COUNTERS, GAUGES
+
+    board = json.loads((CLUSTER / "grafana/captions.json").read_text())
+    expressions = [t["expr"] for panel in board["panels"] for t in panel["targets"]]
+    ours = {name for e in expressions for name in re.findall(r"ray_(meddam_\w+)", e)}
+    assert ours == {*COUNTERS, *GAUGES, BY_REASON}
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    places = [panel["gridPos"] for panel in board["panels"]]
+    assert all(p["x"] + p["w"] <= 24 for p in places)
+    assert all(e.count("(") == e.count(")") for e in expressions)
