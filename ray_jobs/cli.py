@@ -267,11 +267,11 @@ _job(
 )  # fmt: skip
 _adjudicate = typer.Typer(help="Have two clinicians check a judge, blind.", no_args_is_help=True)
 app.add_typer(_adjudicate, name="adjudicate")
-for _name, _config, _do, _argument in (
-    ("sheets", adjudicate.SheetsConfig, adjudicate.write_sheets, "run"),
-    ("score", adjudicate.ScoreConfig, adjudicate.score, "sheets"),
-):
-    _job(_name, _config, _do, [_argument], {"out": "-o"} if _name == "sheets" else {}, _config.__doc__ or "", _adjudicate)
+_job(
+    "sheets", adjudicate.SheetsConfig, adjudicate.write_sheets, ["run"], {"out": "-o"},
+    adjudicate.SheetsConfig.__doc__ or "", _adjudicate,
+)  # fmt: skip
+_job("score", adjudicate.ScoreConfig, adjudicate.score, ["sheets"], {}, adjudicate.ScoreConfig.__doc__ or "", _adjudicate)
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 
 
