@@ -271,7 +271,10 @@ _job(
     "sheets", adjudicate.SheetsConfig, adjudicate.write_sheets, ["run"], {"out": "-o"},
     adjudicate.SheetsConfig.__doc__ or "", _adjudicate,
 )  # fmt: skip
-_job("score", adjudicate.ScoreConfig, adjudicate.score, ["sheets"], {}, adjudicate.ScoreConfig.__doc__ or "", _adjudicate)
+_job(
+    "score", adjudicate.ScoreConfig, adjudicate.score, ["sheets"], {}, adjudicate.ScoreConfig.__doc__ or "",
+    _adjudicate,
+)  # fmt: skip
 _job("describe", describe.Config, describe.run, ["image"], {"model": "-m"}, "Describe one region of one image.")
 
 

@@ -180,6 +180,8 @@ def _views(run: JudgedRun) -> str:
 
 def _facts(run: JudgedRun, prompt: str) -> dict[str, str]:
     engine = run.described["fingerprint"].get("engine") or {}
+    if prompt == IMPORTED:
+        return {"captions": f"captions of {run.model}, imported"}
     told = {
         "model": run.model, "engine": str(engine.get("engine", "")), "prompt": prompt,
         "views": _views(run) or "by recipe",

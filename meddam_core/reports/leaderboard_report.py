@@ -96,10 +96,12 @@ def points(value: float, signed: bool = False) -> str:
     return text.replace("-", MINUS) if text not in ("-0.0", "+0.0") else "0.0"
 
 
-def _bounds(interval: Interval, signed: bool = False) -> str:
+def bounds(interval: Interval, signed: bool = False) -> str:
+    """An interval's ends in points; "" where there are none."""
     if math.isnan(interval.low):
         return ""
-    return f"{points(interval.low, signed)} to {points(interval.high, signed)}"
+    joint = " to " if signed or interval.low < 0 else DASH
+    return f"{points(interval.low, signed)}{joint}{points(interval.high, signed)}"
 
 
 def _score(interval: Interval) -> dict[str, Any]:
@@ -108,7 +110,7 @@ def _score(interval: Interval) -> dict[str, Any]:
     low, high = (interval.low, interval.high) if known else (interval.value, interval.value)
     return {
         "text": points(interval.value),
-        "bounds": _bounds(interval),
+        "bounds": bounds(interval),
         "at": _place(interval.value),
         "low": _place(low),
         "width": round(max(0.0, _place(high) - _place(low)), 2),
@@ -131,7 +133,7 @@ def _row(standing: Standing, number: int | None) -> dict[str, Any]:
         "role": standing.role,
         "number": number,
         "rank": placed,
-        "facts": list(standing.facts.items()),
+        "facts": " · ".join(standing.facts.values()),
         "strict": _figures(standing.scores["strict"]),
         "paper": _figures(standing.scores["paper"]),
         "normalised": None if standing.normalised is None else _score(standing.normalised),
@@ -156,7 +158,7 @@ def _verdict(board: Leaderboard) -> list[str]:
     own = best.scores["strict"].average
     said = [
         f"{best.name} has the highest strict score: {points(own.value)} of 100"
-        + (f" (95 % interval {_bounds(own)})." if _bounds(own) else ".")
+        + (f" (95 % interval {bounds(own)})." if bounds(own) else ".")
     ]
     if len(board.models) > 1:
         said.append(_lead(board))
@@ -184,7 +186,7 @@ def _lead(board: Leaderboard) -> str:
         if pair.significant
         else "which chance alone would explain: the two cannot be told apart"
     )
-    return f"It leads {pair.second} by {points(difference.value)} ({_bounds(difference, True)}), {tail}."
+    return f"It leads {pair.second} by {points(difference.value)} ({bounds(difference, True)}), {tail}."
 
 
 def _pairs(board: Leaderboard) -> list[dict[str, Any]]:
@@ -194,7 +196,7 @@ def _pairs(board: Leaderboard) -> list[dict[str, Any]]:
             "first": pair.first,
             "second": pair.second,
             "difference": points(pair.comparison.difference.value, signed=True),
-            "bounds": _bounds(pair.comparison.difference, signed=True),
+            "bounds": bounds(pair.comparison.difference, signed=True),
             "p": _p(pair.p_corrected),
             "significant": pair.significant,
             "at": round(50 + 46 * pair.comparison.difference.value / reach, 2),
@@ -266,8 +268,8 @@ def _attributes(board: Leaderboard) -> list[dict[str, Any]]:
 def _heat(cell: Cell | None) -> dict[str, Any]:
     if cell is None:
         return {"text": DASH, "title": "nothing could be judged", "heat": 0}
-    bounds = _bounds(cell.share)
-    title = f"{cell.num_questions} questions" + (f", 95 % interval {bounds}" if bounds else "")
+    ends = bounds(cell.share)
+    title = f"{cell.num_questions} questions" + (f", 95 % interval {ends}" if ends else "")
     return {
         "text": points(cell.share.value).removesuffix(".0"),
         "title": title,

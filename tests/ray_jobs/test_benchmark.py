@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from meddam_core.shards import read_shard
-from ray_jobs import benchmark, captions_import, ingest, judge, leaderboard, qa
+from ray_jobs import adjudicate, benchmark, captions_import, ingest, judge, leaderboard, qa
 from ray_jobs.cli import main
 from ray_jobs.ingest_config import PhantomsConfig
 from ray_jobs.judge_config import Config as JudgeConfig
@@ -151,6 +151,39 @@ def test_leaderboard_of_runs_names_what_is_missing(
         leaderboard.run(leaderboard.Config(runs=(run,), out=str(tmp_path / "x"), judging="llm"))
     with pytest.raises(ValueError, match="not a run directory"):
         leaderboard.run(leaderboard.Config(runs=(cfg.out,), out=str(tmp_path / "x")))
+
+
+def test_two_readers_and_a_judge(done: tuple[benchmark.Config, benchmark.Summary], tmp_path: Path) -> None:
+    sheets = tmp_path / "sheets"
+    run = next(c.run for c in done[1].cells if c.model == "first")
+    out = adjudicate.write_sheets(adjudicate.SheetsConfig(run=run, out=str(sheets), num=40))
+    assert (out.num_items, out.num_judged_right) == (40, 20)
+    items = {i["item_id"]: i for i in json.loads((sheets / "items.json").read_text())["items"]}
+    for reader in ("reader-1", "reader-2"):
+        rows = list(csv.DictReader((sheets / f"{reader}.csv").open()))
+        assert not {"judge", "verdict", "expected"} & set(rows[0])
+        with (sheets / f"{reader}-answers.csv").open("w", newline="") as stream:
+            writer = csv.writer(stream)
+            writer.writerow(["item", "answer"])
+            for row in rows:
+                question = items[row["item"]]["question"]
+                options = [o["id"] for o in question["options"]]
+                right = [i for i, o in enumerate(options) if o in question["expected"]]
+                wrong = [i for i, o in enumerate(options) if o not in question["expected"]]
+                agreed = right if items[row["item"]]["judged_right"] else wrong
+                writer.writerow([row["item"], "ABCDEFGH"[agreed[0]]])
+        assert "Save the answers" in (sheets / f"{reader}.html").read_text()
+    cfg = adjudicate.ScoreConfig(
+        sheets=str(sheets), first=str(sheets / "reader-1-answers.csv"), second=str(sheets / "reader-2-answers.csv")
+    )
+    found = adjudicate.score(cfg)
+    assert (found.sensitivity[0], found.specificity[0], found.agreement[0]) == (1, 1, 1)
+    assert found.num_reference == 40
+    for both in found.scores.values():
+        assert both["apparent"][0] == pytest.approx(both["corrected"][0])
+    (sheets / "reader-2-answers.csv").write_text("item;answer\n")
+    with pytest.raises(ValueError, match="needs the columns item and answer"):
+        adjudicate.score(cfg)
 
 
 def test_phantom_shards_put_truth_blank_and_shuffled_captions_in_their_places(tmp_path: Path) -> None:

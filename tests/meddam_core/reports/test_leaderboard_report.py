@@ -13,7 +13,7 @@ import yaml
 from meddam_core.judging.leaderboard import Leaderboard, System, make_leaderboard
 from meddam_core.judging.published import PAPER_TABLE
 from meddam_core.judging.scores import ASSUMPTIONS
-from meddam_core.reports.leaderboard_report import BoardFacts, LlmScoreRow, leaderboard_report, points
+from meddam_core.reports.leaderboard_report import BoardFacts, LlmScoreRow, bounds, leaderboard_report, points
 from meddam_core.reports.leaderboard_tables import eval_results, leaderboard_csv
 from tests.meddam_core.judging.test_leaderboard import CONTROLS, judged
 
@@ -76,7 +76,7 @@ def test_every_score_stands_with_its_interval(html: str, board: Leaderboard) -> 
     for standing in (*board.models, *board.controls):
         for figures in standing.scores.values():
             for interval in (figures.average, figures.positive, figures.negative):
-                assert f"{points(interval.value)} {points(interval.low)} to {points(interval.high)}" in text
+                assert f"{points(interval.value)} {bounds(interval)}" in text
     assert "1 1 " in text or ">1</td>" in html
     assert "different" in text
 
