@@ -52,9 +52,9 @@ def test_exit_codes_cancel_and_resume_of_jobs(head: Head, tmp_path: Path) -> Non
     wrong = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.caption", str(tmp_path), "--out", "x", "--model", MODEL)
     assert wrong.returncode != 0 and "there are no image shards" in wrong.stdout + wrong.stderr
     assert "exit code 2" in wrong.stdout + wrong.stderr
-    shards, out = make_shards(str(tmp_path / "set"), 16, 200), str(tmp_path / "run")
+    shards, out = make_shards(str(tmp_path / "set"), 4, 80), str(tmp_path / "run")
     job = ("python", "-m", "ray_jobs.caption", shards, "--out", out, "--model", MODEL, "--max-new-tokens", "16",
-           "--images-per-file", "100", "--engine", "benchmarks.waiting_engine:WaitingEngine")  # fmt: skip
+           "--images-per-file", "100", "--engine", "tests.faults.engines:SlowEngine")  # fmt: skip
     assert head.ray(*SUBMIT, "--no-wait", "--submission-id", "cancelled", "--", *job).returncode == 0
     deadline = time.monotonic() + 120
     while not (Path(out) / "inputs.parquet").exists() or not status(StatusConfig(run=out)).num_images_done:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -62,3 +63,13 @@ class RefusingEngine(WaitingEngine):
             else r
             for r in super().step()
         ]
+
+
+class SlowEngine(WaitingEngine):
+    """Takes a tenth of a second a region: there is time to look at a run, and to stop it."""
+
+    name = "slow"
+
+    def step(self) -> list[Result]:
+        time.sleep(0.1 * min(8, self.num_unfinished))
+        return super().step()
