@@ -88,5 +88,5 @@ def end() -> None:
     """Drains and ends the endpoint."""
     from ray import serve
 
-    serve.delete(APP)
+    serve.delete(APP)  # waits until the replicas have drained
     serve.shutdown()
