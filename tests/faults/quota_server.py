@@ -58,6 +58,7 @@ class Seen:
     answered: float | None = None
 
 
+ODD = {"prose": "Nach sorgfältiger Betrachtung: eher ja, eher nein.", "letter": '{"choice": "Z"}', "empty": ""}
 PAID = ("ok", "lie", "prose", "letter", "empty")
 
 
@@ -120,6 +121,13 @@ class QuotaServer(ThreadingHTTPServer):
                 return fault
         return "ok"
 
+    def text(self, asked: dict[str, Any], seen: Seen) -> str:
+        """The reply to a good request: one of the letters asked for, or a caption."""
+        if "response_format" not in asked:
+            return f"A region like {seen.key}."
+        letters = asked["response_format"]["json_schema"]["schema"]["properties"]["choice"]["enum"]
+        return json.dumps({"choice": letters[int(seen.key, 16) % len(letters)]})
+
     def latency_s(self) -> float:
         """How long the next answer takes."""
         with self._lock:
@@ -161,7 +169,8 @@ class _Handler(BaseHTTPRequestHandler):
         lies = {"x-ratelimit-remaining-requests": "0", "x-ratelimit-reset-requests": "6m0s", "retry-after": "86400"}
         headers = lies if seen.outcome == "lie" else {"x-ratelimit-remaining-requests": "100"}
         seen.answered = time.monotonic()
-        self._send(200, headers, _completion(_text(asked, seen), seen.tokens))
+        text = ODD[seen.outcome] if seen.outcome in ODD else self.server.text(asked, seen)
+        self._send(200, headers, _completion(text, seen.tokens))
 
     def _send(self, status: int, headers: dict[str, str], content: Any) -> None:
         payload = json.dumps(content).encode()
@@ -173,16 +182,6 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *args: object) -> None:
         """Quiet."""
-
-
-def _text(asked: dict[str, Any], seen: Seen) -> str:
-    odd = {"prose": "Nach sorgfältiger Betrachtung: eher ja, eher nein.", "letter": '{"choice": "Z"}', "empty": ""}
-    if seen.outcome in odd:
-        return odd[seen.outcome]
-    if "response_format" not in asked:  # a caption is asked for
-        return f"A region like {seen.key}."
-    letters = asked["response_format"]["json_schema"]["schema"]["properties"]["choice"]["enum"]
-    return json.dumps({"choice": letters[int(seen.key, 16) % len(letters)]})
 
 
 def _completion(text: str, tokens: int) -> dict[str, Any]:
