@@ -33,6 +33,7 @@ from ray_jobs import (
     caption_config,
     captions_import,
     check_claims,
+    check_grounding,
     check_pairs,
     cost,
     curate,
@@ -264,6 +265,14 @@ _job("claims", check_claims.Config, check_claims.run, ["run"], {"out": "-o"}, ch
 _job(
     "pairs", check_pairs.Config, check_pairs.run, ["shards"], {"out": "-o", "model": "-m"},
     check_pairs.Config.__doc__ or "", _check,
+)  # fmt: skip
+_job(
+    "variants", check_grounding.VariantsConfig, check_grounding.make_variants, ["shards"], {"out": "-o"},
+    check_grounding.VariantsConfig.__doc__ or "", _check,
+)  # fmt: skip
+_job(
+    "grounding", check_grounding.Config, check_grounding.run, ["run"], {"out": "-o"},
+    check_grounding.Config.__doc__ or "", _check,
 )  # fmt: skip
 _adjudicate = typer.Typer(help="Have two clinicians check a judge, blind.", no_args_is_help=True)
 app.add_typer(_adjudicate, name="adjudicate")
