@@ -82,15 +82,21 @@ class RegionPreparer:
         chosen = {k: v for k in ("aspect", "margin", "window") if (v := getattr(self.rules, k)) is not None}
         return replace(get_recipe(image.recipe), **chosen)
 
+    def _check_egress(self, image: Image) -> None:
+        if self.rules.egress is not None and image.egress not in self.rules.egress:
+            raise RowError(Reason.ACCESS_DENIED, f"the egress policy {image.egress} keeps it from this endpoint")
+
     def prepare(self, image: Image) -> list[PreparedRegion]:
         """One entry a region, in their order; of an image without any, those that its recipe's detector finds.
 
-        Raises RowError when the image as a whole cannot be rendered.
+        Raises RowError when the image as a whole cannot be rendered, or may not go to the engine.
         """
+        self._check_egress(image)
         return self.prepare_rendered(image, render(image, window=self.recipe(image).window))
 
     def prepare_rendered(self, image: Image, image_HWC: NDArray[np.uint8]) -> list[PreparedRegion]:
         """As `prepare`, for a row whose picture was rendered by its recipe's window: it needs no pixels of its own."""
+        self._check_egress(image)
         recipe = self.recipe(image)
         focal = FocalImage(image_HWC, self.rules.size, recipe.aspect)
         prepared = []

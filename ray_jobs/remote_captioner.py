@@ -116,7 +116,10 @@ class RemoteSpec:
 
     def __call__(self) -> Captioner:
         cfg = self.cfg
-        client = make_client(endpoint_of(cfg), os.environ.get(cfg.api_key_env) or "none", timeout_s=cfg.timeout_s)
+        assert cfg.base_url is not None  # the driver has looked, and at the key
+        client = make_client(
+            Endpoint(cfg.base_url, cfg.retention), os.environ.get(cfg.api_key_env) or "none", timeout_s=cfg.timeout_s
+        )
         chat = PermittedChat(client, cfg.model, self.permits, RetryRules(timeout_s=cfg.timeout_s))
         engine = RemoteEngine(chat, cfg.model, Showing(cfg.show, cfg.draw_box))
         return Captioner(EngineLoop(engine), self.prompts, cfg.sampling, cfg.num_samples)
