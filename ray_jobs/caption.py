@@ -64,14 +64,16 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
             stop_on_sigterm()
             wait_for_gpus(cfg.wait_for_gpus)
             spec = resolve(cfg, plan.prompts, plan.begun_engine)
-            monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)
-            stopped = None
-            for _ in range(MAX_PASSES):  # the second finds nothing left, unless files went missing under the first
-                if stopped is not None or not plan.begin(spec):
-                    break
-                stopped = _caption(cfg, plan, spec, monitor, shown)
-            release(spec)
-            return _publish(plan, monitor, stopped, started, shown)
+            try:
+                monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)
+                stopped = None
+                for _ in range(MAX_PASSES):  # the second finds nothing left, unless files went missing under the first
+                    if stopped is not None or not plan.begin(spec):
+                        break
+                    stopped = _caption(cfg, plan, spec, monitor, shown)
+                return _publish(plan, monitor, stopped, started, shown)
+            finally:
+                release(spec)
 
 
 def _dry_run(cfg: Config, directory: RunDirectory) -> Estimate:
