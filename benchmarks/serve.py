@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def measure(service: Service, url: str, bodies: list[dict[str, Any]], args: argparse.Namespace) -> list[Run]:
-    """Every side at every concurrency. The sides take turns, so that whatever else the machine does slows all of them."""
+    """Every side at every concurrency. The sides take turns: a busy machine slows all of them."""
     loop = service.describer.loop
     ready = [_request(service, body, args.new_tokens) for body in bodies]
 

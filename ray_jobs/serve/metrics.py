@@ -48,16 +48,16 @@ class Metrics:
     def __init__(self, in_ray: bool = False) -> None:
         self.registry = CollectorRegistry()
         self._in_ray = in_ray
-        self.requests = self._counter("meddam_requests", "Requests answered.", ("route", "status"))
-        self.errors = self._counter("meddam_errors", "Requests not answered, by kind.", ("kind",))
-        self.request_s = self._histogram("meddam_request_seconds", "Time of a request.", ("route",))
-        self.first_token_s = self._histogram("meddam_first_token_seconds", "Time from engine to first text.")
-        self.captions = self._counter("meddam_captions", "Captions made.", ("finish_reason",))
-        self.new_tokens = self._counter("meddam_new_tokens", "Tokens generated.")
-        self.prompt_tokens = self._counter("meddam_prompt_tokens", "Tokens of prompts, images included.")
-        self.in_flight = self._gauge("meddam_in_flight", "Requests being worked on.")
-        self.batch_size = self._gauge("meddam_batch_size", "Captions that the engine decodes together.")
-        self.queue = self._gauge("meddam_queue", "Captions that wait for the engine.")
+        self.requests = self._counter("meddam_serve_requests", "Requests answered.", ("route", "status"))
+        self.errors = self._counter("meddam_serve_errors", "Requests not answered, by kind.", ("kind",))
+        self.request_s = self._histogram("meddam_serve_request_seconds", "Time of a request.", ("route",))
+        self.first_token_s = self._histogram("meddam_serve_first_token_seconds", "Time from engine to first text.")
+        self.captions = self._counter("meddam_serve_captions", "Captions made.", ("finish_reason",))
+        self.new_tokens = self._counter("meddam_serve_new_tokens", "Tokens generated.")
+        self.prompt_tokens = self._counter("meddam_serve_prompt_tokens", "Tokens of prompts, images included.")
+        self.in_flight = self._gauge("meddam_serve_in_flight", "Requests being worked on.")
+        self.batch_size = self._gauge("meddam_serve_batch_size", "Captions that the engine decodes together.")
+        self.queue = self._gauge("meddam_serve_queue", "Captions that wait for the engine.")
 
     def count_caption(self, result: Result) -> None:
         """Counts a finished caption."""

@@ -138,12 +138,17 @@ def test_metrics_tell_what_was_done(make_client: Made) -> None:
     describe(client, png(picture()), regions=[{"box": BOXES[0]}, {"box": BOXES[1]}])
     client.get("/v1/models/none")
     text = client.get("/metrics").text
-    assert 'meddam_requests_total{route="/v1/regions:describe",status="200"} 1.0' in text
-    assert 'meddam_captions_total{finish_reason="' in text
-    tokens = next(line for line in text.splitlines() if line.startswith("meddam_new_tokens_total"))
+    assert 'meddam_serve_requests_total{route="/v1/regions:describe",status="200"} 1.0' in text
+    assert 'meddam_serve_captions_total{finish_reason="' in text
+    tokens = next(line for line in text.splitlines() if line.startswith("meddam_serve_new_tokens_total"))
     assert 0 < float(tokens.split()[1]) <= 20
-    assert 'meddam_errors_total{kind="404"} 1.0' in text
-    for name in ("meddam_queue", "meddam_batch_size", "meddam_in_flight", "meddam_first_token_seconds_bucket"):
+    assert 'meddam_serve_errors_total{kind="404"} 1.0' in text
+    for name in (
+        "meddam_serve_queue",
+        "meddam_serve_batch_size",
+        "meddam_serve_in_flight",
+        "meddam_serve_first_token_seconds_bucket",
+    ):
         assert name in text
 
 

@@ -171,7 +171,7 @@ def test_when_the_client_goes_away_the_engine_stops(loop: EngineLoop) -> None:
 
     sent, service = call(Config(model=MODEL), loop, leaves)
     assert [m for m in sent if m["type"] == "http.response.start"] == []
-    assert 'meddam_errors_total{kind="client_gone"} 1.0' in service.metrics.text().decode()
+    assert 'meddam_serve_errors_total{kind="client_gone"} 1.0' in service.metrics.text().decode()
     assert loop.generate([]) == []
     deadline = asyncio.run(_empty(loop))
     assert deadline, "the engine still works on what nobody waits for"

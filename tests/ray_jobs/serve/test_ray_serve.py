@@ -136,4 +136,4 @@ def test_a_replica_that_is_killed_under_load_costs_what_it_held(served: Served) 
 
 def _in_flight(served: Served) -> float:
     text = httpx2.get(f"{served.url}/metrics", timeout=60).text
-    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("meddam_in_flight ")))
+    return float(next(line.split()[1] for line in text.splitlines() if line.startswith("meddam_serve_in_flight ")))
