@@ -41,9 +41,11 @@ from ray_jobs import (
     describe,
     dlc_bench,
     doctor,
+    export,
     fetch_weights,
     finetune,
     finetune_config,
+    grounded,
     ingest,
     judge,
     judge_config,
@@ -217,6 +219,10 @@ _job(
     "Choose training data from the captions of RUNS; every caption dropped says why.",
 )  # fmt: skip
 _job(
+    "export", export.Config, export.run, ["source"], {"out": "-o", "format": "-f"},
+    "Write a curated set or a run in a format that others read; stops where a licence would be broken.",
+)  # fmt: skip
+_job(
     "finetune", finetune_config.Config, finetune.run, ["shards"], {"out": "-o", "model": "-m"},
     "Train a DAM on SHARDS and their captions. Run the same command again to resume.",
 )  # fmt: skip
@@ -259,6 +265,7 @@ _job(
     "benchmark", benchmark.Config, benchmark.run, [], {"out": "-o"},
     "Caption, judge and rank models x datasets x prompts x views: --config GRID.yaml. Run it again to resume.",
 )  # fmt: skip
+_job("grounded", grounded.Config, grounded.run, ["run"], {"out": "-o"}, grounded.Config.__doc__ or "")
 _check = typer.Typer(help="Checks of captions and models that need no judge.", no_args_is_help=True)
 app.add_typer(_check, name="check")
 _job("claims", check_claims.Config, check_claims.run, ["run"], {"out": "-o"}, check_claims.Config.__doc__ or "", _check)

@@ -56,6 +56,8 @@ class Config(BaseModel):
     """Row groups (or files of views) that are mixed with each other."""
     cache_views: bool = False
     """Prepare views once, under OUT/views, where rendering would take longer than learning."""
+    open_gates: float = 0.0
+    """What the gates of a model from scratch start at; those of a checkpoint stay as they are."""
     seed: int = 0
     """Of first weights, order, wording and augmentation."""
     num_workers: int = Field(1, ge=0)

@@ -98,7 +98,7 @@ def _start_model(spec: Spec, world: World) -> Any:
 
     cfg = spec.cfg
     if cfg.model == "tiny":
-        dam = tiny.new_dam(tiny_captions(cfg), cfg.seed).to(world.device)
+        dam = tiny.new_dam(tiny_captions(cfg), cfg.seed, open_gates=cfg.open_gates).to(world.device)
     else:
         dam = load_dam(cfg.model, device=world.device).train()
     torch.manual_seed(cfg.seed)  # of LoRA's first weights

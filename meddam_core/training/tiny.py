@@ -41,14 +41,20 @@ def tiny_config(vocab_size: int) -> DamConfig:
     )  # fmt: skip
 
 
-def new_dam(captions: Sequence[str], seed: int) -> Dam:
-    """A DAM with a tokenizer made from captions and weights drawn with the seed, its gates at zero."""
+def new_dam(captions: Sequence[str], seed: int, *, open_gates: float = 0.0) -> Dam:
+    """A DAM with a tokenizer made from captions and weights drawn with the seed.
+
+    `open_gates` is what the gates of the cross-attention start at. DAM's start at zero, beside a tower that can see
+    already; where all is learnt at once, gates near zero drift to and fro and let nothing through.
+    """
     files = train_tokenizer(captions, prompt_lines(load_prompt(p).text for p in PROMPTS), VOCABULARY)
     tokenizer = Tokenizer(files)
     dam = random_dam(tiny_config(len(tokenizer)), seed, tokenizer, zero_gates=True)
     with torch.no_grad():
         for name, parameter in dam.named_parameters():
             start_small(name, parameter)
+            if name.endswith("attn_factor"):
+                parameter.fill_(open_gates)
     return dam.train()
 
 
