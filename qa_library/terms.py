@@ -21,6 +21,7 @@ GAP = 6
 """Words that `..` may stand for."""
 
 _WORD = re.compile(r"[a-z]+|\d+(?:st|nd|rd|th)\b|\d+(?:\.\d+)?|[.,;:!?()]|[<>~%]")
+_GENITIVE = re.compile(r"'s\b")
 _NON = re.compile(r"\bnon-?(?=[a-z]{4})(?!etheless)")
 _SPELLING = (
     ("haem", "hem"), ("oedema", "edema"), ("colour", "color"), ("grey", "gray"), ("centre", "center"),
@@ -95,7 +96,8 @@ def positions(words: list[str]) -> dict[str, list[int]]:
 
 def fold(text: str) -> str:
     """Lower case, plain ASCII letters, American spelling; of the same length only by chance."""
-    text = unicodedata.normalize("NFKD", text.lower()).replace("’", "'").replace("n't", " not").replace("'s", "")
+    text = unicodedata.normalize("NFKD", text.lower()).replace("’", "'").replace("n't", " not")
+    text = _GENITIVE.sub("", text)
     for british, american in _SPELLING:
         text = text.replace(british, american)
     return _NON.sub("non ", text)

@@ -55,7 +55,7 @@ def audit(caption: str, template_set: TemplateSet, truth: Truth) -> list[Claim]:
     words = sentences(caption)
     found: list[Claim] = []
     spoken: set[tuple[int, int]] = set()
-    for attribute in _attributes(template_set):
+    for attribute in library_attributes(template_set):
         if attribute.kind == "measure":
             found += _lengths(caption, attribute, truth)
             continue
@@ -65,7 +65,7 @@ def audit(caption: str, template_set: TemplateSet, truth: Truth) -> list[Claim]:
     return found + _free(words, spoken, any(a.kind == "measure" for a in template_set.attributes))
 
 
-def _attributes(template_set: TemplateSet) -> list[Attribute]:
+def library_attributes(template_set: TemplateSet) -> list[Attribute]:
     """The set's attributes, and for a set of one class that class."""
     recognition = template_set.recognition
     if recognition.attribute is not None:
