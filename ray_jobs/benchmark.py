@@ -98,11 +98,12 @@ class Summary(BaseModel):
     out: str
     cells: list[CellState]
     board: leaderboard.Summary | None = None
+    dry_run: bool = False
 
     @property
     def exit_code(self) -> int:
-        """0 when every cell is judged, else EXIT_INCOMPLETE."""
-        return 0 if all(c.state == "judged" for c in self.cells) else EXIT_INCOMPLETE
+        """0 when every cell is judged, or nothing was to be done; else EXIT_INCOMPLETE."""
+        return 0 if self.dry_run or all(c.state == "judged" for c in self.cells) else EXIT_INCOMPLETE
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -119,7 +120,7 @@ def run(cfg: Config) -> Summary:
     """Does what is left of the grid and writes the leaderboard. Raises ValueError for a grid that cannot work."""
     cells = cells_of(cfg)
     if cfg.dry_run:
-        return Summary(out=cfg.out, cells=[_as_is(cell) for cell in cells])
+        return Summary(out=cfg.out, cells=[_as_is(cell) for cell in cells], dry_run=True)
     storage.check_writable(cfg.out)
     states = {cell: _as_is(cell) for cell in cells}
     _note(cfg, states)

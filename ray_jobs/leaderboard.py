@@ -1,7 +1,7 @@
 """The leaderboard of judged runs: a page to mail, a CSV, and the YAML that model repositories carry.
 
     meddam leaderboard s3://lab/runs/dam s3://lab/runs/gpt --out s3://lab/boards/one
-    meddam leaderboard runs/* --out board --label '{runs/dam: DAM-3B}' --judging lexical
+    meddam leaderboard runs/* --out board --labels '{runs/dam: DAM-3B}' --judging lexical
 
 Writes OUT/leaderboard.html, OUT/leaderboard.csv, OUT/leaderboard.json and OUT/eval_results/MODEL.yaml. Needs no Ray.
 """
@@ -102,7 +102,7 @@ def run(cfg: Config) -> Summary:
     """Writes the leaderboard. Raises ValueError where runs are not judged, or not by one judge with one table."""
     labels = {uri.rstrip("/"): name for uri, name in cfg.labels.items()}
     if unknown := labels.keys() - {uri.rstrip("/") for uri in cfg.runs}:
-        raise ValueError(f"--label names runs that are not given: {', '.join(sorted(unknown))}")
+        raise ValueError(f"--labels names runs that are not given: {', '.join(sorted(unknown))}")
     runs = [open_judged(uri, cfg.judging, labels.get(uri.rstrip("/"))) for uri in cfg.runs]
     return write_leaderboard(cfg, runs)
 
