@@ -228,12 +228,11 @@ _job(
 )  # fmt: skip
 _dlc_bench = typer.Typer(help="DLC-Bench, the public benchmark, by its own rules.", no_args_is_help=True)
 app.add_typer(_dlc_bench, name="dlc-bench")
-for _name, _config, _run in (
-    ("score", dlc_bench.ScoreConfig, dlc_bench.score),
-    ("run", dlc_bench.RunConfig, dlc_bench.run),
-    ("verify", dlc_bench.VerifyConfig, dlc_bench.verify_checkpoint),
-):
-    _job(_name, _config, _run, [], {}, inspect.getdoc(_config) or "", _dlc_bench)
+_job("score", dlc_bench.ScoreConfig, dlc_bench.score, [], {},
+     inspect.getdoc(dlc_bench.ScoreConfig) or "", _dlc_bench)  # fmt: skip
+_job("run", dlc_bench.RunConfig, dlc_bench.run, [], {}, inspect.getdoc(dlc_bench.RunConfig) or "", _dlc_bench)
+_job("verify", dlc_bench.VerifyConfig, dlc_bench.verify_checkpoint, [], {},
+     inspect.getdoc(dlc_bench.VerifyConfig) or "", _dlc_bench)  # fmt: skip
 
 _job(
     "judge", judge_config.Config, judge.run, ["run"], {"questions": "-q"},

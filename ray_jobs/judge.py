@@ -25,9 +25,13 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from meddam_core import storage
+from meddam_core.judging.llm_score import known_facts, rating_questions
 from meddam_core.judging.protocol import Unscored
 from meddam_core.judging.verdict_table import JudgedCaption, to_table
+from meddam_core.records import Label
+from qa_library.loader import load_library
 from qa_library.questions import Question
+from qa_library.truth import truth_of
 from ray_jobs.judge_calls import JudgeStopped
 from ray_jobs.judge_config import Config
 from ray_jobs.judge_estimate import Estimate, estimate
@@ -43,6 +47,7 @@ from ray_jobs.session import session
 
 logger = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0
+RATED_COLUMNS = ("modality", "labels")
 CALLS_PER_ACTOR = 4
 """Verdict files that an actor works on at once, so that the end of one does not leave the endpoint idle."""
 
@@ -169,6 +174,8 @@ class JudgeCaptions:
     def __init__(self, cfg: Config, questions: QuestionFiles, permits: dict[str, Any], judging: str) -> None:
         cache = cfg.cache or storage.join(cfg.run, "judging", "cache")
         self._questions = questions
+        self._rates = cfg.judge == "llm-score"
+        self._library = load_library(cfg.library)
         self._bench = Bench(cfg, permits, judging, cache, storage.join(judging, "ledger"))
 
     async def __call__(self, batch: Any) -> dict[str, list[Any]]:
@@ -176,9 +183,9 @@ class JudgeCaptions:
         return {"stopped": [why for why, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
 
     async def _slice(self, job: Slice) -> tuple[str | None, Counter[str]]:
-        rows = await asyncio.to_thread(read_slice, job)
+        rows = await asyncio.to_thread(read_slice, job, RATED_COLUMNS if self._rates else ())
         questions = await asyncio.to_thread(self._questions.of, {r["region_id"] for r in rows})
-        asked = [_Asked(row, questions.get(row["region_id"], [])) for row in rows]
+        asked = [_Asked(row, self._asked(row, questions.get(row["region_id"], []))) for row in rows]
         found = await asyncio.gather(*(self._caption(a) for a in asked), return_exceptions=True)
         judged = [j for j in found if isinstance(j, JudgedCaption)]
         for failed in found:
@@ -193,6 +200,15 @@ class JudgeCaptions:
             captions=len(judged), verdicts=len(verdicts), cached=sum(v.cached for v in verdicts),
             unscored=sum(v.outcome == "unscored" for v in verdicts),
         )  # fmt: skip
+
+    def _asked(self, row: dict[str, Any], questions: list[Question]) -> list[Question]:
+        """The table's questions; for LLM-score the factors, of regions that the table asks about."""
+        if not self._rates or not questions:
+            return questions
+        template_set = self._library.find(row["dataset"], row["modality"])
+        labels = [Label(**label) for label in row["labels"] or []]
+        facts = known_facts(template_set, truth_of(template_set, labels)) if template_set is not None else ""
+        return rating_questions(row["region_id"], row["dataset"], facts)
 
     async def _caption(self, asked: _Asked) -> JudgedCaption:
         row = asked.row

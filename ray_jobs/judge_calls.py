@@ -26,7 +26,8 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from meddam_core.judging.cache import VerdictCache, as_cached, key_of
-from meddam_core.judging.llm import NO_STRUCTURE, JudgeCallError, LlmJudge, RateHeaders
+from meddam_core.judging.egress import Endpoint
+from meddam_core.judging.llm import NO_STRUCTURE, JudgeCallError, RateHeaders, Reply
 from meddam_core.judging.protocol import Unscored, Verdict, unscored
 from meddam_core.records import Egress
 from qa_library.questions import Question
@@ -50,6 +51,24 @@ class PermitsPort(Protocol):
 
     async def settle(self, calls: Sequence[Settled]) -> bool:
         """Tells how calls ended; True in an outage."""
+        ...
+
+
+class PaidJudge(Protocol):
+    """A judge each of whose answers is a call."""
+
+    max_reply_tokens: int
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def endpoint(self) -> Endpoint: ...
+    def reserve_tokens(self, question: Question, caption: str) -> int:
+        """An upper estimate of a call's tokens."""
+        ...
+
+    async def call(self, question: Question, caption: str, egress: Egress = "deny") -> Reply:
+        """One call. Raises JudgeCallError when it brings no reply."""
         ...
 
 
@@ -133,7 +152,7 @@ class Caller:
     """Gets verdicts of one model judge."""
 
     def __init__(
-        self, judge: LlmJudge, store: VerdictStore, permits: PermitsPort, *, prices: Prices, rules: RetryRules,
+        self, judge: PaidJudge, store: VerdictStore, permits: PermitsPort, *, prices: Prices, rules: RetryRules,
         max_concurrent: int, rng: random.Random | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:  # fmt: skip

@@ -23,8 +23,9 @@ class Config(BaseModel):
     """The finished run to judge, on S3 or disk."""
     questions: str
     """Its question table (`meddam qa build`)."""
-    judge: Literal["lexical", "llm", "panel"] = "lexical"
-    """lexical: by rules, offline. llm: a language model. panel: each --model, and the lexical judge."""
+    judge: Literal["lexical", "llm", "panel", "llm-score"] = "lexical"
+    """lexical: by rules, offline. llm: a language model. panel: each --model, and the lexical judge. llm-score: a model
+    rates fluency, relevance, factual correctness and clinical plausibility."""
     models: tuple[str, ...] = ()
     """Model of an OpenAI-compatible endpoint; several for a panel."""
     base_urls: tuple[str, ...] = ()
@@ -84,8 +85,8 @@ class Config(BaseModel):
             return self
         if not self.models or not self.base_urls:
             raise ValueError(f"--judge {self.judge} needs --model and --base-url")
-        if self.judge == "llm" and len(self.models) != 1:
-            raise ValueError("--judge llm takes one --model; several make a panel")
+        if self.judge in ("llm", "llm-score") and len(self.models) != 1:
+            raise ValueError(f"--judge {self.judge} takes one --model; several make a panel")
         if len(self.base_urls) not in (1, len(self.models)):
             raise ValueError("give one --base-url for all models, or one for each")
         if len(self.models) + self.lexical_member < 2 and self.judge == "panel":
@@ -112,6 +113,8 @@ class Config(BaseModel):
     @property
     def wanted_controls(self) -> tuple[str, ...]:
         """Controls to judge, in a fixed order."""
+        if self.judge == "llm-score":  # its controls would need labels of their own
+            return ()
         return () if "none" in self.controls else tuple(c for c in CONTROLS if c in self.controls)
 
     @property

@@ -69,6 +69,8 @@ class Coverage:
     """In the table."""
     num_verdicts: int
     """Captions times the questions about their regions."""
+    num_rated: int = 0
+    """Captions of regions that have questions."""
     num_regions: int
     """With captions and questions."""
     num_without_questions: int
@@ -131,8 +133,9 @@ def make_plan(cfg: Config, run: RunDirectory, questions: QuestionFiles) -> Plan:
         "captions_per_file": cfg.captions_per_file, "controls": list(cfg.wanted_controls),
         "control_regions": cfg.num_control_regions, "seed": cfg.seed, "library": load_library(cfg.library).version,
     }  # fmt: skip
+    folder = "ratings" if cfg.judge == "llm-score" else "judging"
     return Plan(
-        cfg=cfg, judging=Judging(run, cfg.name or _name(cfg, fingerprint)), judge=judge, questions=questions,
+        cfg=cfg, judging=Judging(run, cfg.name or _name(cfg, fingerprint), folder), judge=judge, questions=questions,
         generation=generation, files=files, coverage=coverage, fingerprint=fingerprint,
     )  # fmt: skip
 
@@ -170,11 +173,11 @@ def write_controls(plan: Plan) -> None:
         storage.write_bytes(plan.judging.at("controls", f"{control}.parquet"), sink.getvalue())
 
 
-def read_slice(job: Slice) -> list[dict[str, Any]]:
-    """The captions of a slice."""
+def read_slice(job: Slice, more: Sequence[str] = ()) -> list[dict[str, Any]]:
+    """The captions of a slice, with `more` columns where wanted."""
     rows: list[dict[str, Any]] = []
     at = 0
-    for batch in _batches(job.uri, CAPTION_COLUMNS):
+    for batch in _batches(job.uri, [*CAPTION_COLUMNS, *more]):
         start, end = max(job.first - at, 0), min(job.first + job.num - at, batch.num_rows)
         if start < end:
             rows += batch.slice(start, end - start).to_pylist()
@@ -220,7 +223,7 @@ def _coverage(files: Sequence[str], questions: QuestionFiles) -> Coverage:
     without_captions = np.setdiff1d(asked, unique, assume_unique=True)
     return Coverage(
         num_captions=len(captioned), num_questions=questions.num_questions,
-        num_verdicts=int((copies[at] * num_asked[asked_at]).sum()),
+        num_verdicts=int((copies[at] * num_asked[asked_at]).sum()), num_rated=int(copies[at].sum()),
         num_regions=len(unique) - len(without_questions), num_without_questions=len(without_questions),
         num_without_captions=len(without_captions),
         without_questions=[str(r) for r in without_questions[:NUM_EXAMPLES]],
@@ -244,7 +247,7 @@ def _check_egress(cfg: Config, coverage: Coverage) -> None:
 
 def _name(cfg: Config, fingerprint: dict[str, Any]) -> str:
     digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode()).hexdigest()[:8]
-    model = cfg.models[0].rpartition("/")[2] if cfg.judge == "llm" else ""
+    model = cfg.models[0].rpartition("/")[2] if cfg.judge in ("llm", "llm-score") else ""
     readable = "".join(c if c.isalnum() or c in "._" else "-" for c in model)
     return "-".join(part for part in (cfg.judge, readable, digest) if part)
 

@@ -19,9 +19,10 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
 from meddam_core import storage
+from meddam_core.judging.llm_score import BASIS, FACTORS
 from meddam_core.judging.scores import ASSUMPTIONS, Sheet, Stratum, by_stratum, make_sheet, normalised, with_interval
 from meddam_core.judging.statistics import Interval, krippendorff_alpha
-from meddam_core.judging.verdict_table import from_table, with_questions
+from meddam_core.judging.verdict_table import JudgedCaption, from_table, with_questions
 from ray_jobs.judge_plan import Plan, Slice
 from ray_jobs.judging_directory import RUN_SET
 from ray_jobs.question_files import QuestionFiles
@@ -29,6 +30,7 @@ from ray_jobs.run_directory import SUMMARY
 from ray_jobs.summary import EXIT_INCOMPLETE, EXIT_STOPPED
 
 VARIANTS = ("paper", "strict")
+RATED = "rated"
 MAX_VOTES = 20_000
 """Questions from which a panel's agreement is computed."""
 
@@ -77,6 +79,10 @@ class Summary(BaseModel):
     coverage: dict[str, Any]
     scores: dict[str, dict[str, SetScore]] = {}
     """By variant (paper, strict), then by set (run, blank, shuffled, majority, truth)."""
+    llm_score: dict[str, Figure] = {}
+    """`score` and each factor, 0 to 1, where the judge rates; datasets equally."""
+    basis: str | None = None
+    """What the rating judge saw."""
     by_attribute: list[dict[str, Any]] = []
     """Strict and paper's shares of the run, by dataset, polarity and attribute."""
     agreement: dict[str, float] = {}
@@ -102,6 +108,9 @@ class Summary(BaseModel):
                 f"MedDLC-score, {variant}:  positive            negative            mean              normalised"
             )
             text += [_score_line(of, score) for of, score in sets.items()]
+        if self.llm_score:
+            text.append(f"LLM-score: {self.basis}")
+            text += [f"  {name:<21}  {_percent(figure)}" for name, figure in self.llm_score.items()]
         text += [f"  {n:>9,}  unscored: {reason}" for reason, n in sorted(self.unscored.items(), key=lambda i: -i[1])]
         text += self._coverage_lines()
         if self.agreement:
@@ -143,10 +152,14 @@ def finish(
     else:
         tallies = _tally(plan, slices)
         own = tallies[RUN_SET]
+        rated = plan.cfg.judge == "llm-score"
+        figures: dict[str, Any] = (
+            {"llm_score": _llm_score(own.sheets[RATED]), "basis": BASIS} if rated else
+            {"scores": _scores(tallies), "by_attribute": _by_attribute(own), "agreement": _agreement(own.votes)}
+        )  # fmt: skip
         summary = Summary(
             state="complete", num_captions=own.num_captions, num_verdicts=sum(own.by_outcome.values()),
-            by_outcome=dict(own.by_outcome), unscored=dict(own.unscored), scores=_scores(tallies),
-            by_attribute=_by_attribute(own), agreement=_agreement(own.votes), **common,
+            by_outcome=dict(own.by_outcome), unscored=dict(own.unscored), **figures, **common,
         )  # fmt: skip
         if own.num_captions != plan.coverage.num_captions:
             raise RuntimeError(f"{own.num_captions} verdict rows for {plan.coverage.num_captions} captions")
@@ -181,13 +194,16 @@ class Tally:
             total.num_captions += tally.num_captions
             total.by_outcome += tally.by_outcome
             total.unscored += tally.unscored
-        total.sheets = {v: add_sheets([t.sheets[v] for t in some if v in t.sheets]) for v in VARIANTS}
+        names = {v for t in some for v in t.sheets}
+        total.sheets = {v: add_sheets([t.sheets[v] for t in some if v in t.sheets]) for v in names}
         return total
 
 
-def tally_file(uri: str, judge: str, questions: QuestionFiles) -> Tally:
-    """The tally of one verdict file."""
+def tally_file(uri: str, judge: str, questions: QuestionFiles, rated: bool = False) -> Tally:
+    """The tally of one verdict file, or file of ratings."""
     rows = list(from_table(pq.read_table(io.BytesIO(storage.read_bytes(uri))), judge))
+    if rated:
+        return _tally_ratings(rows)
     by_id = {q.question_id: q for qs in questions.of({r.region_id for r in rows}).values() for q in qs}
     judged = list(with_questions(rows, by_id))
     verdicts = [v for r in rows for v in r.verdicts]
@@ -196,6 +212,24 @@ def tally_file(uri: str, judge: str, questions: QuestionFiles) -> Tally:
         unscored=Counter(str(v.reason) for v in verdicts if v.reason is not None),
         sheets={v: make_sheet(judged, strict=v == "strict") for v in VARIANTS},
         votes=[[x.choice for x in votes] for r in rows for votes in r.votes][:MAX_VOTES],
+    )  # fmt: skip
+
+
+def _tally_ratings(rows: list[JudgedCaption]) -> Tally:
+    """Ratings as shares of 100, by patient and factor; a factor stands where the attribute does."""
+    verdicts = [v for r in rows for v in r.verdicts]
+    sheets = [
+        Sheet(
+            [Stratum(r.dataset, "positive", v.question_id.rpartition("/")[2])], [(r.dataset, r.cluster)],
+            np.array([[float(v.choice) / 100]]), np.ones((1, 1)),
+        )
+        for r in rows
+        for v in r.verdicts
+        if v.choice is not None
+    ]  # fmt: skip
+    return Tally(
+        num_captions=len(rows), by_outcome=Counter(v.outcome for v in verdicts),
+        unscored=Counter(str(v.reason) for v in verdicts if v.reason is not None), sheets={RATED: add_sheets(sheets)},
     )  # fmt: skip
 
 
@@ -219,10 +253,10 @@ def _tally(plan: Plan, slices: list[Slice]) -> dict[str, Tally]:
     import ray
 
     jobs = [{"of": s.of, "uri": s.out} for s in slices]
-    questions, judge = plan.questions, plan.judge
+    questions, judge, rated = plan.questions, plan.judge, plan.cfg.judge == "llm-score"
 
     def count(row: dict[str, str]) -> dict[str, Any]:
-        return {"of": row["of"], "tally": pickle.dumps(tally_file(row["uri"], judge, questions))}
+        return {"of": row["of"], "tally": pickle.dumps(tally_file(row["uri"], judge, questions, rated))}
 
     if len(jobs) <= 4:  # not worth a task each
         found = [count(job) for job in jobs]
@@ -251,6 +285,18 @@ def _scores(tallies: dict[str, Tally]) -> dict[str, dict[str, SetScore]]:
                 for of, s in sets.items()
             }
         found[variant] = sets
+    return found
+
+
+def _llm_score(sheet: Sheet) -> dict[str, Figure]:
+    """The mean of the four factors, and each of them, with intervals over patients or images."""
+    found = {"score": _figure(with_interval(sheet).positive)} if sheet.strata else {}
+    for factor in FACTORS:
+        chosen = [i for i, s in enumerate(sheet.strata) if s.attribute == factor]
+        if chosen:
+            strata = [sheet.strata[i] for i in chosen]
+            part = Sheet(strata, sheet.clusters, sheet.right_CS[:, chosen], sheet.asked_CS[:, chosen])
+            found[factor] = _figure(with_interval(part).positive)
     return found
 
 

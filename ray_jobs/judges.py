@@ -12,6 +12,7 @@ from meddam_core.judging.cache import VerdictCache
 from meddam_core.judging.egress import Endpoint
 from meddam_core.judging.lexical import LexicalJudge
 from meddam_core.judging.llm import LlmJudge, make_client
+from meddam_core.judging.llm_score import LlmRater, RatingJudge
 from meddam_core.judging.panel import Panel
 from meddam_core.judging.protocol import Judge, Unscored, Verdict, unscored
 from meddam_core.judging.verdict_table import Vote
@@ -55,9 +56,11 @@ def judge_id(cfg: Config) -> str:
     return panel.id if panel is not None else members[0].id
 
 
-def _model(cfg: Config, model: str, endpoint: Endpoint) -> LlmJudge:
-    key = os.environ.get(cfg.api_key_env) or "none"
-    return LlmJudge(make_client(endpoint, key, timeout_s=cfg.timeout_s), model, endpoint)
+def _model(cfg: Config, model: str, endpoint: Endpoint) -> LlmJudge | RatingJudge:
+    client = make_client(endpoint, os.environ.get(cfg.api_key_env) or "none", timeout_s=cfg.timeout_s)
+    if cfg.judge == "llm-score":
+        return RatingJudge(LlmRater(client, model, endpoint))
+    return LlmJudge(client, model, endpoint)
 
 
 class Bench:
@@ -71,7 +74,7 @@ class Bench:
     def __init__(self, cfg: Config, permits: dict[str, Any], run: str, cache: str, ledger: str) -> None:
         self._members, self._panel = make_judges(cfg)
         self._callers: dict[str, Caller] = {}
-        models = [m for m in self._members if isinstance(m, LlmJudge)]
+        models = [m for m in self._members if isinstance(m, LlmJudge | RatingJudge)]
         for model in models:
             port = ActorPermits(permits[model.endpoint.base_url], run)
             store = VerdictStore(VerdictCache(cache), VerdictCache(ledger, keep_unscored=True), port)

@@ -9,6 +9,7 @@
     RUN/judging/NAME/ledger/                     replies that decide nothing, so that a resume does not pay again
     RUN/judging/NAME/budget.json                 what was spent and granted
     RUN/judging/NAME/summary.json                counts and scores; written last
+    RUN/ratings/NAME/                            the same for LLM-score
     RUN/judging/cache/                           verdicts by content (meddam_core.judging.cache), or another --cache
 
 Verdict files have names that follow from what they hold, and appear whole: writing one again changes nothing.
@@ -39,18 +40,20 @@ class Judging:
 
     run: RunDirectory
     name: str
+    folder: str = "judging"
+    """`ratings` for LLM-score, whose rows hold a rating as the choice."""
 
     def at(self, *parts: str) -> str:
         """The URI of something in the judging's folder."""
-        return self.run.at("judging", self.name, *parts)
+        return self.run.at(self.folder, self.name, *parts)
 
     def read_json(self, *parts: str) -> dict[str, Any] | None:
         """A JSON file of the judging; None where it is not there."""
-        return self.run.read_json("judging", self.name, *parts)
+        return self.run.read_json(self.folder, self.name, *parts)
 
     def write_json(self, value: dict[str, Any], *parts: str) -> None:
         """Puts a JSON file in one step."""
-        self.run.write_json(value, "judging", self.name, *parts)
+        self.run.write_json(value, self.folder, self.name, *parts)
 
     @property
     def complete(self) -> bool:

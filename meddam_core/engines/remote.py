@@ -102,7 +102,7 @@ class RemoteEngine:
         self._held: list[Result] = []
         """Came back while `generate` waited for others."""
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._loop.run_forever, name="remote-engine", daemon=True).start()
+        threading.Thread(target=self._run, name="remote-engine", daemon=True).start()
 
     @property
     def num_unfinished(self) -> int:
@@ -164,6 +164,10 @@ class RemoteEngine:
     def close(self) -> None:
         """Ends the thread."""
         self._loop.call_soon_threadsafe(self._loop.stop)
+
+    def _run(self) -> None:
+        self._loop.run_forever()
+        self._loop.close()
 
     async def _describe(self, request: Request) -> None:
         try:

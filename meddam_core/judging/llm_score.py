@@ -19,15 +19,24 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from meddam_core.judging.controls import caption_of
 from meddam_core.judging.egress import Endpoint
-from meddam_core.judging.llm import BYTES_PER_TOKEN, OVERHEAD_TOKENS, JudgeCallError, complete, quotable
-from meddam_core.judging.protocol import Unscored
+from meddam_core.judging.llm import (
+    BYTES_PER_TOKEN,
+    OVERHEAD_TOKENS,
+    JudgeCallError,
+    RateHeaders,
+    Reply,
+    complete,
+    quotable,
+)
+from meddam_core.judging.protocol import Unscored, Verdict, unscored
 from meddam_core.judging.replies import is_refusal
 from meddam_core.records import Egress
+from qa_library.questions import Question
 from qa_library.schema import TemplateSet
 from qa_library.truth import Truth
 
@@ -172,3 +181,82 @@ def mean_score(ratings: Sequence[Rating]) -> tuple[float | None, dict[Factor, fl
             factors[factor] = sum(values) / len(values)
     lacking = 1 - len(given) / len(ratings) if ratings else 0.0
     return (sum(given) / len(given) if given else None), factors, lacking
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# As questions, so that the judge job pays for ratings as it does for verdicts
+
+RATINGS = tuple(str(i) for i in range(101))
+_FACTS = "facts: "
+
+
+def rating_questions(region_id: int, dataset: str, facts: str) -> list[Question]:
+    """One question a factor about a region's caption; a verdict's `choice` is the rating.
+
+    Factual correctness is not asked where nothing is known.
+    """
+    return [
+        Question(
+            question_id=f"{region_id}/llm-score/{factor}",
+            region_id=region_id,
+            dataset=dataset,
+            template_id=f"llm_score/{factor}@1",
+            attribute=factor,
+            value=factor,
+            kind="measure",
+            polarity="positive",
+            source="truth",
+            text=f"{_FACTS}{facts}" if factor == "factual correctness" else factor,
+            options=(),
+            expected=RATINGS,
+            strict_expected=RATINGS,
+            why="",
+        )
+        for factor in FACTORS
+        if facts or factor != "factual correctness"
+    ]
+
+
+class RatingJudge:
+    """An LlmRater that answers `rating_questions`, with the permits and the cache of a judge."""
+
+    def __init__(self, rater: LlmRater) -> None:
+        self.rater = rater
+        self.endpoint = rater.endpoint
+        self.max_reply_tokens = MAX_REPLY_TOKENS
+
+    @property
+    def id(self) -> str:
+        """The rater's."""
+        return self.rater.id
+
+    def reserve_tokens(self, question: Question, caption: str) -> int:
+        """An upper estimate of a call's tokens, for the budget."""
+        return self.rater.reserve_tokens(_factor(question), caption, _facts(question))
+
+    async def answer(self, question: Question, caption: str, egress: Egress = "deny") -> Verdict:
+        """The rating as a verdict; a call that fails is unscored."""
+        try:
+            return (await self.call(question, caption, egress)).verdict
+        except JudgeCallError:
+            return unscored(question, Unscored.CALL_FAILED, self.id)
+
+    async def call(self, question: Question, caption: str, egress: Egress = "deny") -> Reply:
+        """One call. Raises JudgeCallError when it brings no reply."""
+        found = await self.rater.call(_factor(question), caption, _facts(question), egress)
+        prompt, reply = found.num_prompt_tokens, found.num_reply_tokens
+        if found.rating is None:
+            verdict = unscored(question, found.reason or Unscored.UNPARSABLE, self.id)
+        else:
+            verdict = Verdict(
+                question_id=question.question_id, judge=self.id, outcome="correct", choice=f"{found.rating:.0f}"
+            )
+        return Reply(replace(verdict, num_prompt_tokens=prompt, num_reply_tokens=reply), RateHeaders())
+
+
+def _factor(question: Question) -> Factor:
+    return next(f for f in FACTORS if f == question.attribute)
+
+
+def _facts(question: Question) -> str:
+    return question.text.removeprefix(_FACTS) if question.attribute == "factual correctness" else ""

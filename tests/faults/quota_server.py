@@ -124,7 +124,8 @@ class QuotaServer(ThreadingHTTPServer):
     def text(self, asked: dict[str, Any], seen: Seen) -> str:
         """The reply to a good request: one of the letters asked for, or a caption."""
         if "response_format" not in asked:
-            return f"A region like {seen.key}."
+            rates = asked["messages"][0]["role"] == "system"
+            return str(int(seen.key, 16) % 101) if rates else f"A region like {seen.key}."
         letters = asked["response_format"]["json_schema"]["schema"]["properties"]["choice"]["enum"]
         return json.dumps({"choice": letters[int(seen.key, 16) % len(letters)]})
 

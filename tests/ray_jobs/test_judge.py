@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from meddam_core import storage
+from meddam_core.judging.llm_score import FACTORS
 from meddam_core.records import image_id, region_id
 from ray_jobs import captions_import, judge, qa
 from ray_jobs.judge_config import Config
@@ -44,13 +45,18 @@ def model(server: QuotaServer, **settings: object) -> dict[str, object]:
             "timeout_s": 5.0, **settings}  # fmt: skip
 
 
-def test_truth_scores_100_blank_0_and_shuffled_as_the_majority(ray_session: None, tmp_path: Path) -> None:
-    """The whole way on phantoms: labelled shards, questions, captions made from the truth, verdicts, scores."""
+@pytest.mark.s3
+def test_truth_scores_100_blank_0_and_shuffled_as_the_majority(
+    ray_session: None, s3_bucket: str, tmp_path: Path
+) -> None:
+    """The whole way on phantoms, in a bucket: questions, captions made from the truth, verdicts, scores."""
     shards, table = truth_table(tmp_path, num_images=12)
-    captions_import.run(captions_import.Config(table=table, shards=(shards,), out=str(tmp_path / "run"), model="truth"))
-    qa.run(qa.Config(shards=(shards,), out=str(tmp_path / "q"), num_cpus=1))
-    summary = judge.run(Config(run=str(tmp_path / "run"), questions=str(tmp_path / "q")))
+    captions_import.run(captions_import.Config(table=table, shards=(shards,), out=f"{s3_bucket}/run", model="truth"))
+    qa.run(qa.Config(shards=(shards,), out=f"{s3_bucket}/q", num_cpus=1))
+    cfg = Config(run=f"{s3_bucket}/run", questions=f"{s3_bucket}/q")
+    summary = judge.run(cfg)
     assert isinstance(summary, Summary)
+    assert judge.run(cfg) == summary
     assert (summary.state, summary.exit_code) == ("complete", 0)
     for variant in ("paper", "strict"):
         sets = summary.scores[variant]
@@ -125,6 +131,24 @@ def test_a_panel_says_how_far_its_members_agree(ray_session: None, made: Made) -
     assert summary.agreement["num_questions"] == made.num_questions
     row = next(named(made, "panel").rows())
     assert [len(v) for v in row.votes] == [3] * row.num_questions
+
+
+def test_llm_score_rates_each_factor_and_stands_apart_from_verdicts(ray_session: None, made: Made) -> None:
+    with QuotaServer(Quota(None, latency_s=(0.0, 0.0), shares={"prose": 0.1}, seed=6)) as server:
+        settings = model(server) | {"judge": "llm-score", "name": "rated"}
+        dry = judge.run(Config(run=made.run, questions=made.questions, dry_run=True, **settings))  # type: ignore[arg-type]
+        assert isinstance(dry, Estimate)
+        summary = judged(made, **settings)
+        assert dry.num_calls == len(server.seen) == summary.num_verdicts == 4 * 2 * IMAGES
+        prose = sum(s.outcome == "prose" for s in server.seen)
+    assert summary.unscored == {"unparsable": prose}
+    rows = list(Judging(RunDirectory(made.run), "rated", "ratings").rows())
+    rated = [float(v.choice) for r in rows for v in r.verdicts if v.choice is not None]
+    assert len(rated) == summary.num_verdicts - prose
+    factors = [summary.llm_score[f].value for f in FACTORS]
+    assert summary.llm_score["score"].value == pytest.approx(sum(f or 0.0 for f in factors) / 4, abs=1e-5)
+    assert "saw no image" in (summary.basis or "")
+    assert "rated" not in {j.name for j in list_judgings(RunDirectory(made.run))}
 
 
 def test_no_byte_leaves_where_the_policy_forbids_it(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
