@@ -21,7 +21,7 @@ class Served:
     """Starts the command and waits for its address; `settings` are those of its configuration file."""
 
     def __init__(self, folder: Path, **settings: object) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self._log = folder / "serve.log"
         config = folder / "serve.yaml"
@@ -57,7 +57,8 @@ class Served:
         return self.process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import os
 import signal
+import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,7 +26,7 @@ from ray_jobs.run_directory import RunDirectory
 from tests.faults.kill_and_resume import captions
 from tests.ray_jobs.made_shards import make_shards
 from tests.ray_jobs.serve.conftest import MODEL, chat, message, picture, png, url, with_alpha
-from tests.ray_jobs.serve.served import Served
+from tests.ray_jobs.serve.served import Served, free_port
 
 RGBA = url(png(with_alpha(picture())))
 ASKED = "\nDescribe the masked region in detail."
@@ -137,3 +139,37 @@ def test_a_replica_that_is_killed_under_load_costs_what_it_held(served: Served) 
 def _in_flight(served: Served) -> float:
     text = httpx2.get(f"{served.url}/metrics", timeout=60).text
     return float(next(line.split()[1] for line in text.splitlines() if line.startswith("meddam_serve_in_flight ")))
+
+
+@pytest.mark.slow
+def test_a_new_version_replaces_the_old_one_without_a_request_lost(ray_session: None) -> None:
+    from ray import serve
+
+    from ray_jobs.serve import job
+    from ray_jobs.serve.config import Config as ServeConfig
+    from ray_jobs.serve.deployment import application
+
+    cfg = ServeConfig(model=MODEL, port=free_port(), num_threads=1, device="cpu", model_name="one")
+    url = job.start(cfg)
+    done = threading.Event()
+    statuses: Counter[int] = Counter()
+    models: set[str] = set()
+
+    def ask() -> None:
+        with httpx2.Client(base_url=url, timeout=180) as http:
+            while not done.is_set():
+                statuses[http.post("/v1/chat/completions", json=chat(RGBA, max_tokens=8)).status_code] += 1
+                models.add(http.get("/v1/models").json()["data"][0]["id"])
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(ask) for _ in range(4)]
+        serve.run(application(cfg.model_copy(update={"model_name": "two"})), name=job.APP, route_prefix="/")
+        deadline = time.monotonic() + 120
+        while "two" not in models and time.monotonic() < deadline:
+            time.sleep(0.1)
+        done.set()
+        for each in asking:
+            each.result()
+    job.end()
+    assert models == {"one", "two"}
+    assert set(statuses) == {200}, statuses
