@@ -33,7 +33,7 @@ from qa_library.loader import load_library
 from qa_library.questions import Question
 from qa_library.truth import truth_of
 from ray_jobs.judge_calls import JudgeStopped
-from ray_jobs.judge_config import Config
+from ray_jobs.judge_config import RETEST, Config
 from ray_jobs.judge_estimate import Estimate, estimate
 from ray_jobs.judge_plan import Plan, Slice, make_plan, read_slice, write_controls
 from ray_jobs.judge_summary import Summary, finish, now
@@ -103,7 +103,7 @@ def _forget_unscored(plan: Plan) -> None:
     storage.delete(plan.judging.at(SUMMARY))
     for info in storage.list_files(plan.judging.at("ledger"), recursive=True):
         plan.judging.run.filesystem.delete_file(info.path)
-    for of in (RUN_SET, *plan.cfg.wanted_controls):
+    for of in (RUN_SET, *plan.cfg.extra_sets):
         open_files = {
             uri for uri in plan.judging.verdict_files(of)
             for row in plan.judging.rows_of(uri)
@@ -117,7 +117,7 @@ def _judge(plan: Plan) -> Summary:
     started = time.monotonic()
     cfg, name = plan.cfg, plan.judging.at()
     slices = plan.slices()
-    done = {uri for of in (RUN_SET, *cfg.wanted_controls) for uri in plan.judging.verdict_files(of)}
+    done = {uri for of in (RUN_SET, *cfg.extra_sets) for uri in plan.judging.verdict_files(of)}
     left = [s for s in slices if s.out not in done]
     actors: dict[str, Any] = {}
     urls = sorted({e.base_url for e in cfg.endpoints})
@@ -176,7 +176,9 @@ class JudgeCaptions:
         self._questions = questions
         self._rates = cfg.judge == "llm-score"
         self._library = load_library(cfg.library)
-        self._bench = Bench(cfg, permits, judging, cache, storage.join(judging, "ledger"))
+        ledger = storage.join(judging, "ledger")
+        self._bench = Bench(cfg, permits, judging, cache, ledger)
+        self._second = Bench(cfg, permits, judging, cache, ledger, seed=1) if cfg.retest else self._bench
 
     async def __call__(self, batch: Any) -> dict[str, list[Any]]:
         done = [await self._slice(Slice(**job)) for job in batch.to_pylist()]
@@ -186,7 +188,8 @@ class JudgeCaptions:
         rows = await asyncio.to_thread(read_slice, job, RATED_COLUMNS if self._rates else ())
         questions = await asyncio.to_thread(self._questions.of, {r["region_id"] for r in rows})
         asked = [_Asked(row, self._asked(row, questions.get(row["region_id"], []))) for row in rows]
-        found = await asyncio.gather(*(self._caption(a) for a in asked), return_exceptions=True)
+        bench = self._second if job.of == RETEST else self._bench
+        found = await asyncio.gather(*(self._caption(a, bench) for a in asked), return_exceptions=True)
         judged = [j for j in found if isinstance(j, JudgedCaption)]
         for failed in found:
             if isinstance(failed, JudgeStopped):
@@ -210,10 +213,10 @@ class JudgeCaptions:
         facts = known_facts(template_set, truth_of(template_set, labels)) if template_set is not None else ""
         return rating_questions(row["region_id"], row["dataset"], facts)
 
-    async def _caption(self, asked: _Asked) -> JudgedCaption:
+    async def _caption(self, asked: _Asked, bench: Bench) -> JudgedCaption:
         row = asked.row
         text = row["text"] if row["status"] != "failed" else None
-        verdicts, votes = await self._bench.verdicts(asked.questions, text, row["egress"])
+        verdicts, votes = await bench.verdicts(asked.questions, text, row["egress"])
         names = ("region_id", "prompt_id", "sample", "image_id", "dataset", "status")
         return JudgedCaption(
             **{n: row[n] for n in names}, cluster=row["patient_key"] or row["image_key"],

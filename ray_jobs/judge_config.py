@@ -11,6 +11,8 @@ from meddam_core.judging.budget import Limits
 from meddam_core.judging.egress import Endpoint, Retention
 
 Control = Literal["blank", "shuffled", "majority", "truth"]
+RETEST = "retest"
+"""The set of the run's own captions that a judge is asked about again."""
 CONTROLS: tuple[Control, ...] = get_args(Control)
 
 
@@ -54,6 +56,8 @@ class Config(BaseModel):
     """Stop when the endpoint has answered nothing for so long. Run again to go on."""
     controls: tuple[str, ...] = CONTROLS
     """Controls to judge beside the run: blank, shuffled, majority, truth; none for none."""
+    retest: bool = False
+    """Ask a model again, with another seed, about the captions of the controls' regions: does it agree with itself?"""
     control_regions: int | None = Field(None, ge=1)
     """Regions whose controls are judged, chosen by --seed: by default 2000, or 200 where calls are paid."""
     library: str | None = None
@@ -80,6 +84,8 @@ class Config(BaseModel):
         if unknown := set(self.controls) - set(CONTROLS) - {"none"}:
             raise ValueError(f"there is no control {', '.join(sorted(unknown))}; use {', '.join(CONTROLS)} or none")
         if self.judge == "lexical":
+            if self.retest:
+                raise ValueError("the lexical judge gives the same verdict each time; --retest is for models")
             if self.models or self.base_urls:
                 raise ValueError("the lexical judge uses no model; give --judge llm or panel with --model")
             return self
@@ -116,6 +122,11 @@ class Config(BaseModel):
         if self.judge == "llm-score":  # its controls would need labels of their own
             return ()
         return () if "none" in self.controls else tuple(c for c in CONTROLS if c in self.controls)
+
+    @property
+    def extra_sets(self) -> tuple[str, ...]:
+        """What is judged beside the run: controls, and captions a second time."""
+        return (*self.wanted_controls, *((RETEST,) if self.retest else ()))
 
     @property
     def num_control_regions(self) -> int:

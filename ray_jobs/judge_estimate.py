@@ -63,7 +63,7 @@ def estimate(plan: Plan) -> Estimate:
     cfg, coverage = plan.cfg, plan.coverage
     models = [m for m in make_judges(cfg)[0] if isinstance(m, LlmJudge | RatingJudge)]
     share = min(cfg.num_control_regions, coverage.num_regions) / coverage.num_regions
-    controls = round(coverage.num_verdicts * share) * len(cfg.wanted_controls)
+    controls = round(coverage.num_verdicts * share) * len(cfg.extra_sets)
     asked = coverage.num_rated * len(FACTORS) if cfg.judge == "llm-score" else coverage.num_verdicts
     calls = (asked + controls) * len(models)
     prompt, reply = _tokens(plan, models[0]) if models else (0.0, 0)

@@ -29,7 +29,7 @@ from meddam_core.judging.controls import (
 )
 from meddam_core.records import Label
 from qa_library.loader import load_library
-from ray_jobs.judge_config import Config
+from ray_jobs.judge_config import RETEST, Config
 from ray_jobs.judges import judge_id
 from ray_jobs.judging_directory import RUN_SET, Judging
 from ray_jobs.question_files import QuestionFiles
@@ -97,7 +97,7 @@ class Plan:
     def slices(self, controls: bool = True) -> list[Slice]:
         """All verdict files that there will be, those of the run first; with the controls once they are written."""
         sets = [(RUN_SET, uri) for uri in self.files]
-        sets += [(c, self.judging.at("controls", f"{c}.parquet")) for c in self.cfg.wanted_controls if controls]
+        sets += [(c, self.judging.at("controls", f"{c}.parquet")) for c in self.cfg.extra_sets if controls]
         with ThreadPoolExecutor(16) as pool:
             rows = list(pool.map(lambda s: _num_rows(s[1]), sets))
         step = self.cfg.captions_per_file
@@ -130,7 +130,7 @@ def make_plan(cfg: Config, run: RunDirectory, questions: QuestionFiles) -> Plan:
     judge = judge_id(cfg)
     fingerprint = {
         "judge": judge, "questions": questions.digest, "generation": generation,
-        "captions_per_file": cfg.captions_per_file, "controls": list(cfg.wanted_controls),
+        "captions_per_file": cfg.captions_per_file, "controls": list(cfg.extra_sets),
         "control_regions": cfg.num_control_regions, "seed": cfg.seed, "library": load_library(cfg.library).version,
     }  # fmt: skip
     folder = "ratings" if cfg.judge == "llm-score" else "judging"
@@ -142,7 +142,7 @@ def make_plan(cfg: Config, run: RunDirectory, questions: QuestionFiles) -> Plan:
 
 def write_controls(plan: Plan) -> None:
     """Puts the captions of the controls, for a sample of whole images with questions."""
-    if not plan.cfg.wanted_controls:
+    if not plan.cfg.extra_sets:
         return
     rows = _sample(plan)
     regions = [
@@ -156,13 +156,14 @@ def write_controls(plan: Plan) -> None:
         "shuffled": lambda: shuffled_captions(own, regions, library, seed=plan.cfg.seed),
         "majority": lambda: majority_captions(regions, library),
         "truth": lambda: truth_captions(regions, library),
+        RETEST: lambda: own,
     }
-    for control in plan.cfg.wanted_controls:
+    for control in plan.cfg.extra_sets:
         texts = made[control]()
         table = pa.Table.from_pylist(
             [
-                {**{n: r[n] for n in CONTROL_SCHEMA.names}, "prompt_id": f"control:{control}", "sample": 0,
-                 "status": "ok", "text": texts[r["region_id"]]}
+                {**{n: r[n] for n in CONTROL_SCHEMA.names}, "text": texts[r["region_id"]],
+                 **({} if control == RETEST else {"prompt_id": f"control:{control}", "sample": 0, "status": "ok"})}
                 for r in rows
                 if r["region_id"] in texts
             ],

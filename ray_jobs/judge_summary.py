@@ -6,33 +6,23 @@ Scores are tallied a verdict file a task: the driver holds right answers and ans
 from __future__ import annotations
 
 import dataclasses
-import io
 import math
-import pickle
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from typing import Any, Literal
 
-import numpy as np
-import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict
 
-from meddam_core import storage
 from meddam_core.judging.llm_score import BASIS, FACTORS
-from meddam_core.judging.scores import ASSUMPTIONS, Sheet, Stratum, by_stratum, make_sheet, normalised, with_interval
-from meddam_core.judging.statistics import Interval, krippendorff_alpha
-from meddam_core.judging.verdict_table import JudgedCaption, from_table, with_questions
+from meddam_core.judging.scores import ASSUMPTIONS, Sheet, Stratum, by_stratum, normalised, with_interval
+from meddam_core.judging.statistics import Interval, agreement, krippendorff_alpha
+from ray_jobs.judge_config import RETEST
 from ray_jobs.judge_plan import Plan, Slice
+from ray_jobs.judge_tally import RATED, VARIANTS, Tally, tally
 from ray_jobs.judging_directory import RUN_SET
-from ray_jobs.question_files import QuestionFiles
 from ray_jobs.run_directory import SUMMARY
 from ray_jobs.summary import EXIT_INCOMPLETE, EXIT_STOPPED
-
-VARIANTS = ("paper", "strict")
-RATED = "rated"
-MAX_VOTES = 20_000
-"""Questions from which a panel's agreement is computed."""
 
 
 class Figure(BaseModel):
@@ -87,6 +77,8 @@ class Summary(BaseModel):
     """Strict and paper's shares of the run, by dataset, polarity and attribute."""
     agreement: dict[str, float] = {}
     """Of a panel: Krippendorff's alpha of its members."""
+    retest: dict[str, float] = {}
+    """How often a model gave the same verdict when it was asked again: share, interval, alpha, unscored."""
     assumptions: tuple[str, ...] = ASSUMPTIONS
     calls: dict[str, float] = {}
     """Calls, tokens and dollars of this judging, all drivers together."""
@@ -115,6 +107,9 @@ class Summary(BaseModel):
         text += self._coverage_lines()
         if self.agreement:
             text.append(f"agreement of the panel: alpha {self.agreement['alpha']:.3f}")
+        if self.retest:
+            text.append(f"asked again, the judge agrees with itself on {100 * self.retest['same']:.1f} % of "
+                        f"{self.retest['num_questions']:,} questions")  # fmt: skip
         if self.calls.get("num_calls"):
             text.append(_calls_line(self.calls))
         if self.scores:
@@ -135,7 +130,7 @@ def finish(
     seconds: float,
 ) -> Summary:  # fmt: skip
     """Checks that every verdict file is there, scores them, and writes the summary. Needs Ray."""
-    done = {uri for of in (RUN_SET, *plan.cfg.wanted_controls) for uri in plan.judging.verdict_files(of)}
+    done = {uri for of in (RUN_SET, *plan.cfg.extra_sets) for uri in plan.judging.verdict_files(of)}
     missing = [s for s in slices if s.out not in done]
     calls = {k: sum(t[k] for t in totals) for k in (totals[0] if totals else {}) if k not in ("outage", "concurrency")}
     common: dict[str, Any] = {
@@ -150,12 +145,13 @@ def finish(
         state: Any = "stopped" if stopped else "incomplete"
         summary = Summary(state=state, why=why, num_captions=0, num_verdicts=0, **common)
     else:
-        tallies = _tally(plan, slices)
+        tallies = tally(plan, slices)
         own = tallies[RUN_SET]
         rated = plan.cfg.judge == "llm-score"
         figures: dict[str, Any] = (
             {"llm_score": _llm_score(own.sheets[RATED]), "basis": BASIS} if rated else
-            {"scores": _scores(tallies), "by_attribute": _by_attribute(own), "agreement": _agreement(own.votes)}
+            {"scores": _scores(tallies), "by_attribute": _by_attribute(own), "agreement": _agreement(own.votes),
+             "retest": _retest(plan) if plan.cfg.retest else {}}
         )  # fmt: skip
         summary = Summary(
             state="complete", num_captions=own.num_captions, num_verdicts=sum(own.by_outcome.values()),
@@ -173,109 +169,14 @@ def now() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Tallies
-
-
-@dataclasses.dataclass(slots=True)
-class Tally:
-    """What is counted of one set; tallies of files add up."""
-
-    num_captions: int = 0
-    by_outcome: Counter[str] = dataclasses.field(default_factory=Counter)
-    unscored: Counter[str] = dataclasses.field(default_factory=Counter)
-    sheets: dict[str, Sheet] = dataclasses.field(default_factory=dict)
-    votes: list[list[str | None]] = dataclasses.field(default_factory=list)
-
-    def add(self, others: Iterable[Tally]) -> Tally:
-        """The sum of tallies."""
-        some = [self, *others]
-        total = Tally(votes=[v for t in some for v in t.votes][:MAX_VOTES])
-        for tally in some:
-            total.num_captions += tally.num_captions
-            total.by_outcome += tally.by_outcome
-            total.unscored += tally.unscored
-        names = {v for t in some for v in t.sheets}
-        total.sheets = {v: add_sheets([t.sheets[v] for t in some if v in t.sheets]) for v in names}
-        return total
-
-
-def tally_file(uri: str, judge: str, questions: QuestionFiles, rated: bool = False) -> Tally:
-    """The tally of one verdict file, or file of ratings."""
-    rows = list(from_table(pq.read_table(io.BytesIO(storage.read_bytes(uri))), judge))
-    if rated:
-        return _tally_ratings(rows)
-    by_id = {q.question_id: q for qs in questions.of({r.region_id for r in rows}).values() for q in qs}
-    judged = list(with_questions(rows, by_id))
-    verdicts = [v for r in rows for v in r.verdicts]
-    return Tally(
-        num_captions=len(rows), by_outcome=Counter(v.outcome for v in verdicts),
-        unscored=Counter(str(v.reason) for v in verdicts if v.reason is not None),
-        sheets={v: make_sheet(judged, strict=v == "strict") for v in VARIANTS},
-        votes=[[x.choice for x in votes] for r in rows for votes in r.votes][:MAX_VOTES],
-    )  # fmt: skip
-
-
-def _tally_ratings(rows: list[JudgedCaption]) -> Tally:
-    """Ratings as shares of 100, by patient and factor; a factor stands where the attribute does."""
-    verdicts = [v for r in rows for v in r.verdicts]
-    sheets = [
-        Sheet(
-            [Stratum(r.dataset, "positive", v.question_id.rpartition("/")[2])], [(r.dataset, r.cluster)],
-            np.array([[float(v.choice) / 100]]), np.ones((1, 1)),
-        )
-        for r in rows
-        for v in r.verdicts
-        if v.choice is not None
-    ]  # fmt: skip
-    return Tally(
-        num_captions=len(rows), by_outcome=Counter(v.outcome for v in verdicts),
-        unscored=Counter(str(v.reason) for v in verdicts if v.reason is not None), sheets={RATED: add_sheets(sheets)},
-    )  # fmt: skip
-
-
-def add_sheets(sheets: list[Sheet]) -> Sheet:
-    """The sheet of all questions of several; a patient's may be in more than one."""
-    clusters = sorted({c for s in sheets for c in s.clusters})
-    strata = sorted({x for s in sheets for x in s.strata}, key=lambda s: (s.dataset, s.polarity, s.attribute, s.value))
-    rows, columns = {c: i for i, c in enumerate(clusters)}, {s: i for i, s in enumerate(strata)}
-    right, asked = np.zeros((len(clusters), len(strata))), np.zeros((len(clusters), len(strata)))
-    for sheet in sheets:
-        at = np.ix_([rows[c] for c in sheet.clusters], [columns[s] for s in sheet.strata])
-        right[at] += sheet.right_CS
-        asked[at] += sheet.asked_CS
-    return Sheet(
-        strata, clusters, right, asked, dict(sum((Counter(s.unscored) for s in sheets), Counter[str]())),
-        sum(s.num_questions for s in sheets), sum(s.num_hedged for s in sheets),
-    )  # fmt: skip
-
-
-def _tally(plan: Plan, slices: list[Slice]) -> dict[str, Tally]:
-    import ray
-
-    jobs = [{"of": s.of, "uri": s.out} for s in slices]
-    questions, judge, rated = plan.questions, plan.judge, plan.cfg.judge == "llm-score"
-
-    def count(row: dict[str, str]) -> dict[str, Any]:
-        return {"of": row["of"], "tally": pickle.dumps(tally_file(row["uri"], judge, questions, rated))}
-
-    if len(jobs) <= 4:  # not worth a task each
-        found = [count(job) for job in jobs]
-    else:
-        found = list(ray.data.from_items(jobs).map(count, num_cpus=0.5).iter_rows())
-    sets: dict[str, list[Tally]] = {s.of: [] for s in slices}
-    for row in found:
-        sets[row["of"]].append(pickle.loads(row["tally"]))  # of our own making
-    return {of: Tally().add(tallies) for of, tallies in sets.items()}
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Figures
 
 
 def _scores(tallies: dict[str, Tally]) -> dict[str, dict[str, SetScore]]:
     found: dict[str, dict[str, SetScore]] = {}
     for variant in VARIANTS:
-        sets = {of: _set_score(t.sheets[variant]) for of, t in tallies.items() if t.sheets[variant].strata}
+        sheets = {of: t.sheets[variant] for of, t in tallies.items() if of != RETEST}
+        sets = {of: _set_score(sheet) for of, sheet in sheets.items() if sheet.strata}
         ends = [sets[c].average.value for c in ("majority", "truth") if c in sets]
         if len(ends) == 2 and None not in ends:
             sets = {
@@ -331,6 +232,27 @@ def _agreement(votes: list[list[str | None]]) -> dict[str, float]:
         return {}
     alpha = krippendorff_alpha(list(zip(*votes, strict=True)))
     return {"alpha": alpha, "num_questions": len(votes)} if not math.isnan(alpha) else {}
+
+
+def _retest(plan: Plan) -> dict[str, float]:
+    """Verdicts of the two times, on the captions that were judged twice."""
+
+    def chosen(of: str) -> Iterator[tuple[tuple[int, str, str], str | None]]:
+        for row in plan.judging.rows(of):
+            for verdict in row.verdicts:
+                yield (row.region_id, row.caption_key, verdict.question_id), verdict.choice
+
+    second = dict(chosen(RETEST))
+    first = {key: choice for key, choice in chosen(RUN_SET) if key in second}
+    keys = sorted(first)
+    if not any(first[k] is not None and second[k] is not None for k in keys):
+        return {}
+    found = agreement([first[k] for k in keys], [second[k] for k in keys])
+    return {
+        "num_questions": found.num_items, "same": found.same.value, "same_low": found.same.low,
+        "same_high": found.same.high, "num_unscored": found.num_unscored,
+        **({} if math.isnan(found.alpha) else {"alpha": found.alpha}),
+    }  # fmt: skip
 
 
 def _figure(interval: Interval) -> Figure:

@@ -42,9 +42,9 @@ class ActorPermits:
         return outage
 
 
-def make_judges(cfg: Config) -> tuple[list[Judge], Panel | None]:
-    """The members, and the panel where there is one. Opens no connection."""
-    members: list[Judge] = [_model(cfg, m, e) for m, e in zip(cfg.models, cfg.endpoints, strict=True)]
+def make_judges(cfg: Config, seed: int = 0) -> tuple[list[Judge], Panel | None]:
+    """The members, and the panel where there is one; `seed` is the models' own. Opens no connection."""
+    members: list[Judge] = [_model(cfg, m, e, seed) for m, e in zip(cfg.models, cfg.endpoints, strict=True)]
     if cfg.judge == "lexical" or (cfg.judge == "panel" and cfg.lexical_member):
         members.append(LexicalJudge(load_library(cfg.library)))
     return members, Panel(members) if cfg.judge == "panel" else None
@@ -56,11 +56,11 @@ def judge_id(cfg: Config) -> str:
     return panel.id if panel is not None else members[0].id
 
 
-def _model(cfg: Config, model: str, endpoint: Endpoint) -> LlmJudge | RatingJudge:
+def _model(cfg: Config, model: str, endpoint: Endpoint, seed: int) -> LlmJudge | RatingJudge:
     client = make_client(endpoint, os.environ.get(cfg.api_key_env) or "none", timeout_s=cfg.timeout_s)
     if cfg.judge == "llm-score":
-        return RatingJudge(LlmRater(client, model, endpoint))
-    return LlmJudge(client, model, endpoint)
+        return RatingJudge(LlmRater(client, model, endpoint, seed=seed))
+    return LlmJudge(client, model, endpoint, seed=seed)
 
 
 class Bench:
@@ -71,8 +71,8 @@ class Bench:
         ledger: URI of the run's ledger; `cache` that of the shared cache.
     """
 
-    def __init__(self, cfg: Config, permits: dict[str, Any], run: str, cache: str, ledger: str) -> None:
-        self._members, self._panel = make_judges(cfg)
+    def __init__(self, cfg: Config, permits: dict[str, Any], run: str, cache: str, ledger: str, seed: int = 0) -> None:
+        self._members, self._panel = make_judges(cfg, seed)
         self._callers: dict[str, Caller] = {}
         models = [m for m in self._members if isinstance(m, LlmJudge | RatingJudge)]
         for model in models:

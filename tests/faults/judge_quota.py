@@ -91,9 +91,9 @@ def start(made: Made, server: QuotaServer, log: Path, *options: str) -> subproce
                                 start_new_session=True)  # fmt: skip
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """kill -9 of the driver and everything it started, as when a machine is lost."""
-    for pid in [process.pid, *descendants(process.pid)]:
+def end(process: subprocess.Popen[bytes], driver_only: bool) -> None:
+    """kill -9 of the driver, and of everything it started, as when a machine is lost."""
+    for pid in [process.pid, *([] if driver_only else descendants(process.pid))]:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -131,6 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=75, help="of work, about")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--driver-only", action="store_true", help="kill the driver, and leave its workers to Ray")
     parser.add_argument("--no-faults", action="store_true")
     args = parser.parse_args(argv)
     if args.requests_per_min is None and args.tokens_per_min is None:
@@ -144,13 +145,15 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(scratch)
         made = make_run(folder, max(4, round(rate / 60 * args.seconds / 10)))
         print(f"{made.num_questions} questions", flush=True)
-        in_flight = _to_the_end(made, server, folder / "log", args.kills, rng)
+        in_flight = _to_the_end(made, server, folder / "log", args.kills, rng, args.driver_only)
         judging, outcomes = check(made)
         seen = sorted(server.seen, key=lambda s: s.at)
         return _report(judging, outcomes, seen, server, in_flight, args.kills)
 
 
-def _to_the_end(made: Made, server: QuotaServer, log: Path, kills: int, rng: random.Random) -> list[int]:
+def _to_the_end(
+    made: Made, server: QuotaServer, log: Path, kills: int, rng: random.Random, driver_only: bool
+) -> list[int]:
     """Runs the job through its kills to its end; the calls in flight at each, as the server saw them."""
     in_flight: list[int] = []
     while True:
@@ -160,7 +163,7 @@ def _to_the_end(made: Made, server: QuotaServer, log: Path, kills: int, rng: ran
             time.sleep(0.02)
             began = server.seen[before].at if len(server.seen) > before else None
             if len(in_flight) < kills and began is not None and time.monotonic() - began > moment:
-                end(process)
+                end(process, driver_only)
                 in_flight.append(sum(s.answered is None and s.outcome in ("ok", "lie", "prose", "letter", "empty")
                                      for s in list(server.seen)))  # fmt: skip
                 print(f"killed after {moment:.1f} s of work, {in_flight[-1]} calls unanswered", flush=True)

@@ -126,11 +126,16 @@ def test_a_model_judge_through_faults_its_budget_and_to_the_end(ray_session: Non
 def test_a_panel_says_how_far_its_members_agree(ray_session: None, made: Made) -> None:
     with QuotaServer(Quota(None, latency_s=(0.0, 0.0))) as server:
         settings = model(server) | {"judge": "panel", "models": ("a", "b"), "controls": ("none",), "name": "panel"}
-        summary = judged(made, **settings)
+        summary = judged(made, retest=True, control_regions=6, **settings)
+        asked = len(server.seen)
     assert summary.judge.startswith("panel(")
     assert summary.agreement["num_questions"] == made.num_questions
     row = next(named(made, "panel").rows())
     assert [len(v) for v in row.votes] == [3] * row.num_questions
+    assert 0 < summary.retest["num_questions"] < made.num_questions
+    assert asked == 2 * (made.num_questions + summary.retest["num_questions"] + summary.retest["num_unscored"])
+    assert summary.retest["same"] == 1.0, "this server answers by what it is asked, whatever the seed"
+    assert set(summary.scores["paper"]) == {"run"}
 
 
 def test_llm_score_rates_each_factor_and_stands_apart_from_verdicts(ray_session: None, made: Made) -> None:
