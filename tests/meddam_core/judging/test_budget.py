@@ -200,6 +200,98 @@ def test_concurrency_halves_once_a_burst_and_grows_back() -> None:
     assert book.concurrency == 11
 
 
+def test_a_reply_shows_when_a_call_had_arrived() -> None:
+    """Fails if a call keeps its whole slack, which costs its share of every minute, or loses too much of it."""
+    clock = Clock()
+    book = PermitBook(Limits(requests_per_min=1, slack_s=1.5), clock)
+    clock.now += 100
+    permit = book.ask(1)
+    assert isinstance(permit, Permit)
+    clock.now += 0.3
+    book.settle(permit, replied_ago_s=0.1)
+    answer = book.ask(1)
+    assert isinstance(answer, Wait)
+    assert answer.seconds == pytest.approx(60.0 - 0.1)
+    clock.now += answer.seconds + 1e-6
+    late = book.ask(1)
+    assert isinstance(late, Permit)
+    clock.now += 40
+    book.settle(late, replied_ago_s=0.0)
+    answer = book.ask(1)
+    assert isinstance(answer, Wait)
+    assert answer.seconds == pytest.approx(60 + 1.5 - 40, abs=1e-3)
+
+
+@pytest.mark.parametrize("slow_s", [0.0, 1.2])
+def test_late_arrivals_never_break_the_limit_where_replies_show_them(slow_s: float) -> None:
+    clock, rng = Clock(), random.Random(9)
+    book = PermitBook(Limits(requests_per_min=120, max_concurrent=10**6), clock)
+    arrivals: list[tuple[float, float]] = []
+    ends: list[tuple[float, int, Permit, float]] = []
+    while clock.now < 1300:
+        answer = book.ask(1)
+        if isinstance(answer, Permit):
+            arrived = clock.now + rng.uniform(0, slow_s)
+            arrivals.append((arrived, 1.0))
+            heapq.heappush(ends, (arrived + rng.uniform(0.02, 0.3), answer.id, answer, 1.0))
+            continue
+        assert isinstance(answer, Wait)
+        clock.now = min(clock.now + answer.seconds, ends[0][0]) if ends else clock.now + answer.seconds
+        while ends and ends[0][0] <= clock.now:
+            book.settle(heapq.heappop(ends)[2], replied_ago_s=0.0)
+    assert busiest(arrivals, lambda t: 1) <= 120
+    assert len(arrivals) >= 0.97 * 120 * 300 / 60
+
+
+def test_a_hint_that_nothing_is_left_is_tried_by_one_call_and_three_lies_are_enough() -> None:
+    clock = Clock()
+    book = PermitBook(Limits(max_concurrent=10), clock)
+    for lie in range(3):
+        book.hinted(0, 30.0)
+        clock.now += 1
+        probe = book.ask(1)
+        assert isinstance(probe, Permit)
+        assert isinstance(book.ask(1), Wait), "one call at a time while it may be true"
+        book.settle(probe)
+        book.succeeded(probe.started)
+        assert book.num_wrong_hints == lie + 1
+        both = [book.ask(1), book.ask(1)]
+        assert all(isinstance(p, Permit) for p in both)
+        for p in both:
+            assert isinstance(p, Permit)
+            book.settle(p)
+    book.hinted(0, 30.0)
+    clock.now += 1
+    assert [type(book.ask(1)) for _ in range(3)] == [Permit] * 3
+
+
+def test_a_pause_of_a_day_is_tried_after_a_minute_and_an_outage_by_single_calls() -> None:
+    clock = Clock()
+    book = PermitBook(Limits(max_concurrent=10), clock)
+    book.limited(retry_after_s=86_400)
+    assert book.ask(1) == Wait(60.0, "the server asked for a pause")
+    clock.now += 60
+    probe = book.ask(1)
+    assert isinstance(probe, Permit)
+    assert isinstance(book.ask(1), Wait)
+    book.settle(probe)
+    book.succeeded(probe.started)
+    assert isinstance(book.ask(1), Permit)
+    assert book.num_wrong_hints == 0
+    book = PermitBook(Limits(max_concurrent=10), clock)
+    before = book.ask(1)
+    assert isinstance(before, Permit)
+    book.down(5.0)
+    assert isinstance(book.ask(1), Wait)
+    clock.now += 5
+    assert isinstance(book.ask(1), Wait), "the call that runs is the probe"
+    book.succeeded(before.started)
+    book.settle(before)
+    probe = book.ask(1)
+    assert isinstance(probe, Permit)
+    assert isinstance(book.ask(1), Wait), "a call from before the outage shows nothing"
+
+
 def test_cancelled_calls_count_for_nothing() -> None:
     clock = Clock()
     book = PermitBook(Limits(requests_per_min=1), clock)

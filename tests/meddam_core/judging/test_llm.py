@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from meddam_core.judging.egress import Endpoint, Retention
 from meddam_core.judging.lexical import LexicalJudge
-from meddam_core.judging.llm import JudgeCallError, LlmJudge, make_client, messages, retry_after_s
+from meddam_core.judging.llm import JudgeCallError, LlmJudge, duration_s, make_client, messages, retry_after_s
 from meddam_core.judging.panel import Panel
 from meddam_core.judging.protocol import Judge, Unscored, Verdict, decided, unscored
 from meddam_core.judging.replies import is_refusal, parse_choice
@@ -289,3 +289,12 @@ def test_a_panel_of_one_is_none() -> None:
         Panel([LexicalJudge(LIBRARY)])
     with pytest.raises(ValueError, match="different"):
         Panel([LexicalJudge(LIBRARY), LexicalJudge(LIBRARY)])
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("1s", 1.0), ("6m0s", 360.0), ("20ms", 0.02), ("2m3.5s", 123.5), ("7", 7.0), ("0.5", 0.5), ("", None),
+     ("soon", None), ("-1s", None), ("99999h", 3600.0), ("1s1s", None)],
+)  # fmt: skip
+def test_what_reset_headers_say(text: str, seconds: float | None) -> None:
+    assert duration_s(text) == seconds
