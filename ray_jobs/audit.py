@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -23,6 +25,8 @@ from meddam_core.shards import shard_facts
 from ray_jobs.run_directory import RUN, InputShard, RunDirectory
 
 NUM_EXAMPLES = 20
+FILES_AT_ONCE = 256
+"""Caption files whose columns may wait in memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +109,25 @@ def _captions(files: list[str]) -> tuple[NDArray[np.int64], NDArray[np.int64], C
     prompts: dict[str, int] = {}
     statuses: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
-    for file in files:
-        fs, path = storage.open_uri(file)
-        columns = ["region_id", "prompt_id", "sample", "status", "reason"]
-        table = pq.read_table(path, columns=columns, filesystem=fs, partitioning=None)
-        regions.append(np.asarray(table["region_id"].to_numpy(), np.int64))
-        names = [prompts.setdefault(p, len(prompts)) for p in table["prompt_id"].to_pylist()]
-        keys.append(np.asarray(names, np.int64) << 32 | np.asarray(table["sample"].to_numpy(), np.int64))
-        statuses.update(table["status"].to_pylist())
-        reasons.update(r for r in table["reason"].to_pylist() if r is not None)
+    with ThreadPoolExecutor(8) as pool:
+        groups = (files[i : i + FILES_AT_ONCE] for i in range(0, len(files), FILES_AT_ONCE))
+        for table in (table for group in groups for table in pool.map(_caption_columns, group)):
+            regions.append(np.asarray(table["region_id"].to_numpy(), np.int64))
+            coded = pc.dictionary_encode(table["prompt_id"].combine_chunks())
+            codes = [prompts.setdefault(p, len(prompts)) for p in coded.dictionary.to_pylist()]
+            names = np.asarray(codes, np.int64)[np.asarray(coded.indices)]
+            keys.append(names << 32 | np.asarray(table["sample"].to_numpy(), np.int64))
+            for name, counter in (("status", statuses), ("reason", reasons)):
+                counts = pc.value_counts(table[name].drop_null()).to_pylist()
+                counter.update({entry["values"]: entry["counts"] for entry in counts})
     return np.concatenate(regions), np.concatenate(keys), statuses, reasons
+
+
+def _caption_columns(uri: str) -> pa.Table:
+    fs, path = storage.open_uri(uri)
+    columns = ["region_id", "prompt_id", "sample", "status", "reason"]
+    with fs.open_input_file(path) as stream:
+        return pq.ParquetFile(stream).read(columns=columns, use_threads=False)
 
 
 def _distinct(regions: NDArray[np.int64], keys: NDArray[np.int64]) -> NDArray[np.int64]:
