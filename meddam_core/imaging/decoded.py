@@ -70,6 +70,8 @@ class Decoded:
     """Which frame or slice `stored` is, from 0; None where the source is a single picture."""
     context: tuple[Stored, ...] = field(default=(), repr=False)
     """Neighbouring slices or frames in order, the picture itself among them, of its shape and with its facts."""
+    alpha_HW: NDArray[np.uint8] | None = field(default=None, repr=False)
+    """(H, W) the alpha channel of a picture file that has one: no part of a row; clients send masks in it."""
     identity: Identity = field(default_factory=Identity, repr=False)
 
     @property

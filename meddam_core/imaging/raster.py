@@ -1,7 +1,7 @@
 """PNG, JPEG, TIFF, WebP, BMP, GIF and JPEG 2000 files -> one decoded picture.
 
 Photographs come out as 8-bit RGB, upright (EXIF orientation applied) and in sRGB (embedded ICC profile applied); grey
-pictures keep their 8 or 16 bits as they are. Alpha is dropped: the colours under it are kept as stored. Text chunks,
+pictures keep their 8 or 16 bits as they are. Alpha is kept apart: the colours under it are as stored. Text chunks,
 EXIF, thumbnails and profiles go no further.
 
 Colours of 16 bits are kept (H, W, 3, uint16). Arrays: H rows, W columns, C colours R, G, B.
@@ -61,12 +61,14 @@ def decode_raster(data: bytes, *, kind: Kind, frame: int | None = None, limits: 
     limits.check_picture(rows=image.height, columns=image.width)
     notes = [f"pillow {PIL.__version__} {image.format}"]
     orientation = _orientation(image, notes)
+    alpha_HW = _alpha(image)
     if _is_deep_colour(data, image):
         pixels = _deep_colour(data, image, frame or 0, notes)
     else:
         pixels = _pixels(image, notes)
     if orientation in _UPRIGHT:
         pixels = _UPRIGHT[orientation](pixels)
+        alpha_HW = None if alpha_HW is None else np.ascontiguousarray(_UPRIGHT[orientation](alpha_HW))
         notes.append("exif orientation")
     stored, bits, shift = to_unsigned(pixels, 8 * pixels.dtype.itemsize)
     return Decoded(
@@ -78,6 +80,7 @@ def decode_raster(data: bytes, *, kind: Kind, frame: int | None = None, limits: 
         modality="XC" if stored.ndim == 3 else "OT",
         num_frames=num_frames,
         frame=(frame or 0) if num_frames > 1 else None,
+        alpha_HW=alpha_HW,
     )
 
 
@@ -108,6 +111,15 @@ def _orientation(image: Image.Image, notes: list[str]) -> int:
     except (SyntaxError, ValueError, TypeError, KeyError, OSError, struct.error):
         notes.append("unreadable exif ignored")
         return 1
+
+
+def _alpha(image: Image.Image) -> NDArray[np.uint8] | None:
+    """(H, W) the alpha channel, not yet upright; None where there is none."""
+    if image.mode in ("RGBA", "LA", "PA"):
+        return np.asarray(image.getchannel("A"))
+    if "transparency" in image.info and image.mode in ("L", "RGB", "P"):
+        return np.asarray(image.convert("RGBA").getchannel("A"))
+    return None
 
 
 def _is_deep_colour(data: bytes, image: Image.Image) -> bool:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image as PilImage
 
 from meddam_core.imaging.decode import decode
 from meddam_core.imaging.decoded import Decoded
@@ -35,8 +33,6 @@ from ray_jobs.serve.schema import ImagePart, Message, TextPart, Where
 
 CLICK_SHARE = 1 / 24
 """Radius of the disc that a click stands for where no segmenter is configured, of the image's shorter side."""
-_WITH_ALPHA = ("png", "webp", "tiff", "gif")
-_ORIENTATION = 274
 _SINGLE_PREFIX = ("Image:", "Video:")
 
 
@@ -60,26 +56,13 @@ def bytes_of(text: str, *, limits: Limits, param: str = "image") -> bytes:
 def picture_of(data: bytes, *, frame: int | None, limits: Limits) -> tuple[Decoded, NDArray[np.uint8] | None]:
     """A file's picture, and its alpha channel as a mask (H, W), 1 where it is above 0; None without alpha.
 
-    Raises RowError as `decode` does, and bad_annotation for a picture with alpha that is stored turned.
+    Raises RowError as `decode` does.
     """
     if frame is None and sniff(data) in ("nifti", "gzip"):
         frame = 0
     decoded = decode(data, frame=frame, limits=limits)
-    return decoded, _alpha_of(data, decoded) if sniff(data) in _WITH_ALPHA and not frame else None
-
-
-def _alpha_of(data: bytes, decoded: Decoded) -> NDArray[np.uint8] | None:
-    try:
-        picture = PilImage.open(io.BytesIO(data))
-        if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-            return None
-        turned = int(picture.getexif().get(_ORIENTATION, 1)) != 1
-        alpha_HW = np.asarray(picture.convert("RGBA").getchannel("A"))
-    except (OSError, ValueError, SyntaxError, EOFError, TypeError) as error:
-        raise RowError(Reason.CORRUPT, f"the alpha channel can't be read ({type(error).__name__})") from None
-    if turned or alpha_HW.shape != (decoded.height, decoded.width):
-        raise RowError(Reason.BAD_ANNOTATION, "a picture with its mask in alpha must be stored upright")
-    return (alpha_HW > 0).astype(np.uint8)
+    alpha_HW = decoded.alpha_HW
+    return decoded, None if alpha_HW is None else (alpha_HW > 0).astype(np.uint8)
 
 
 def region_of(

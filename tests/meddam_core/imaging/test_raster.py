@@ -203,3 +203,27 @@ def test_other_files(data: bytes, name: str, reason: Reason) -> None:
     with pytest.raises(RowError) as error:
         decode(data, name=name)
     assert error.value.reason == reason
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "RGB"])
+def test_alpha_is_kept_apart_and_upright(mode: str) -> None:
+    alpha = np.zeros((6, 4), np.uint8)
+    alpha[1:3, 2:] = 255
+    picture = Image.new("RGB" if mode in ("RGB", "P") else mode, (4, 6), (90,) * {"LA": 2, "RGBA": 4}.get(mode, 3))
+    exif = Image.Exif()
+    exif[274] = 6
+    sink = io.BytesIO()
+    if mode in ("RGBA", "LA"):
+        picture.putalpha(Image.fromarray(alpha))
+        picture.save(sink, "PNG", exif=exif)
+    elif mode == "P":
+        indexed = Image.fromarray((alpha > 0).astype(np.uint8)).convert("P")
+        indexed.save(sink, "PNG", transparency=0, exif=exif)
+    else:
+        picture.save(sink, "PNG", exif=exif)
+    decoded = decode(sink.getvalue())
+    if mode == "RGB":
+        assert decoded.alpha_HW is None
+    else:
+        assert decoded.alpha_HW is not None and decoded.alpha_HW.shape == (decoded.height, decoded.width) == (4, 6)
+        assert (decoded.alpha_HW == np.rot90(alpha, -1)).all()
