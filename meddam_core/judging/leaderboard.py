@@ -15,6 +15,7 @@ Notes:
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -122,7 +123,7 @@ class Pair:
     @property
     def significant(self) -> bool:
         """Whether the difference holds at the 5 % level after correction."""
-        return self.p_corrected < SIGNIFICANT
+        return self.p_corrected < SIGNIFICANT and not math.isnan(self.comparison.difference.value)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -310,7 +311,7 @@ class _Draws:
 
 def _sortable(standing: Standing) -> float:
     value = standing.scores["strict"].average.value
-    return value if value == value else -1.0
+    return -1.0 if math.isnan(value) else value
 
 
 def _placed(standing: Standing, anchors: Mapping[Role, float], rank: tuple[int, int] | None) -> Standing:

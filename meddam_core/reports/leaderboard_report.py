@@ -41,7 +41,7 @@ class LlmScoreRow:
     score: float | None
     factors: Mapping[str, float]
     lacking: float
-    """Share of the regions that lack a factor."""
+    """Share of the ratings that the model did not give."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -197,9 +197,9 @@ def _pairs(board: Leaderboard) -> list[dict[str, Any]]:
             "second": pair.second,
             "difference": points(pair.comparison.difference.value, signed=True),
             "bounds": bounds(pair.comparison.difference, signed=True),
-            "p": _p(pair.p_corrected),
+            "p": DASH if math.isnan(pair.comparison.difference.value) else _p(pair.p_corrected),
             "significant": pair.significant,
-            "at": round(50 + 46 * pair.comparison.difference.value / reach, 2),
+            "at": round(50 + 46 * sorted(_ends(pair))[len(_ends(pair)) // 2] / reach, 2),
             "low": round(50 + 46 * min(_ends(pair)) / reach, 2),
             "width": round(46 * (max(_ends(pair)) - min(_ends(pair))) / reach, 2),
         }
@@ -209,7 +209,7 @@ def _pairs(board: Leaderboard) -> list[dict[str, Any]]:
 
 def _ends(pair: Pair) -> list[float]:
     found = pair.comparison.difference
-    return [v for v in (found.low, found.value, found.high) if not math.isnan(v)]
+    return [v for v in (found.low, found.value, found.high) if not math.isnan(v)] or [0.0]
 
 
 def _p(value: float) -> str:
@@ -247,11 +247,10 @@ def _attributes(board: Leaderboard) -> list[dict[str, Any]]:
     cells: list[dict[tuple[str, str, str], Cell]] = [
         {(c.dataset, c.attribute, c.polarity): c for c in h["standing"].by_attribute["strict"]} for h in heads
     ]
+    found = {k for column in cells for k in column}
     tables = []
-    for dataset in board.datasets:
-        keys = sorted(
-            {k for column in cells for k in column if k[0] == dataset}, key=lambda k: (k[1], k[2] != "positive")
-        )
+    for dataset, template_set in sorted({(k[0], k[1].rpartition("/")[0]) for k in found}):
+        mine = [k for k in found if (k[0], k[1].rpartition("/")[0]) == (dataset, template_set)]
         rows = [
             {
                 "attribute": key[1].rpartition("/")[2].replace("_", " "),
@@ -259,9 +258,9 @@ def _attributes(board: Leaderboard) -> list[dict[str, Any]]:
                 "count": max(column[key].num_questions for column in cells if key in column),
                 "cells": [_heat(column.get(key)) for column in cells],
             }
-            for key in keys
+            for key in sorted(mine, key=lambda k: (k[1], k[2] != "positive"))
         ]
-        tables.append({"name": dataset, "rows": rows})
+        tables.append({"name": dataset, "set": template_set.replace("_", " "), "rows": rows})
     return tables
 
 

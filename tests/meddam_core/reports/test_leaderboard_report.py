@@ -111,6 +111,20 @@ def test_a_lone_system_without_controls_has_a_page_too() -> None:
     assert "71.2" in text
 
 
+def test_questions_of_one_polarity_give_dashes_and_no_winner() -> None:
+    first, second = (
+        System(name=name, judged=[j for j in judged(share) if j.question.polarity != "negative"])
+        for name, share in (("first", 0.9), ("second", 0.2))
+    )
+    board = make_leaderboard([first, second], num=100)
+    assert [m.rank for m in board.models] == [(1, 2), (1, 2)]
+    text = _Text(leaderboard_report(board, BoardFacts(title="t", made_at="d"))).text
+    assert "cannot be told apart" in text
+    assert "nan" not in text.lower().split()
+    assert "nan" not in leaderboard_csv(board)
+    assert all("negative" not in e for e in eval_results(board, date="2026-01-02")["first.yaml"].splitlines())
+
+
 def test_the_csv_has_a_row_for_each_breakdown(board: Leaderboard) -> None:
     rows = list(csv.DictReader(io.StringIO(leaderboard_csv(board))))
     whole = {(r["system"], r["variant"], r["polarity"]): r for r in rows if r["dataset"] == "all"}
