@@ -16,38 +16,36 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
+import os
+import sys
+import threading
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 from meddam_core import storage
-from meddam_core.judging.llm_score import known_facts, rating_questions
 from meddam_core.judging.protocol import Unscored
-from meddam_core.judging.verdict_table import JudgedCaption, to_table
-from meddam_core.records import Label
-from qa_library.loader import load_library
-from qa_library.questions import Question
-from qa_library.truth import truth_of
-from ray_jobs.judge_calls import JudgeStopped
-from ray_jobs.judge_config import RETEST, Config
+from ray_jobs.fingerprint import differences
+from ray_jobs.judge_actor import JudgeCaptions
+from ray_jobs.judge_config import Config
 from ray_jobs.judge_estimate import Estimate, estimate
-from ray_jobs.judge_plan import Plan, Slice, make_plan, read_slice, write_controls
+from ray_jobs.judge_plan import Plan, Slice, make_plan, write_controls
 from ray_jobs.judge_summary import Summary, finish, now
-from ray_jobs.judges import Bench
 from ray_jobs.judging_directory import JUDGE, RUN_SET
 from ray_jobs.lease import Lease
 from ray_jobs.permits import end_permits, start_permits
-from ray_jobs.question_files import QuestionFiles, open_questions
+from ray_jobs.question_files import open_questions
 from ray_jobs.run_directory import SUMMARY, RunDirectory
 from ray_jobs.session import session
+from ray_jobs.summary import EXIT_HELD
 
 logger = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0
-RATED_COLUMNS = ("modality", "labels")
 CALLS_PER_ACTOR = 4
 """Verdict files that an actor works on at once, so that the end of one does not leave the endpoint idle."""
 
@@ -65,7 +63,7 @@ def run(cfg: Config) -> Summary | Estimate:
         _check_same(plan)
         return Summary.model_validate(earlier)
     storage.check_writable(plan.judging.at())
-    with Lease(plan.judging.at()):
+    with Lease(plan.judging.at(), on_lost=_give_way):
         _begin(plan)
         with session(cfg.num_cpus):
             return _judge(plan)
@@ -89,8 +87,6 @@ def _begin(plan: Plan) -> None:
 
 
 def _check_same(plan: Plan) -> None:
-    from ray_jobs.fingerprint import differences
-
     described = plan.judging.read_json(JUDGE)
     then = described["fingerprint"] if described is not None else {}
     if changed := differences(then, plan.fingerprint):
@@ -152,82 +148,43 @@ def _run(plan: Plan, slices: list[Slice], actors: dict[str, Any]) -> tuple[str |
     )  # fmt: skip
     total: Counter[str] = Counter()
     stopped: str | None = None
-    logged = time.monotonic()
-    for row in verdicts.iter_rows():
-        stopped = stopped or row["stopped"]
-        total.update(json.loads(row["counts"]))
-        if time.monotonic() - logged > LOG_EVERY_S:
-            logged = time.monotonic()
-            logger.info("%s of %s captions judged", f"{total['captions']:,}", f"{sum(s.num for s in slices):,}")
+    with _progress(actors, plan.judging.at(), sum(s.num for s in slices), total):
+        for row in verdicts.iter_rows():
+            stopped = stopped or row["stopped"]
+            total.update(json.loads(row["counts"]))
     return stopped, total
 
 
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    row: dict[str, Any]
-    questions: list[Question]
+@contextmanager
+def _progress(actors: dict[str, Any], name: str, num_captions: int, done: Counter[str]) -> Iterator[None]:
+    """A line in the log every few seconds while the block runs: verdict files come late, calls all the time."""
+    import ray
+
+    stop = threading.Event()
+
+    def show() -> None:
+        while not stop.wait(LOG_EVERY_S):
+            parts = [f"{done['captions']:,}/{num_captions:,} captions"]
+            for actor in actors.values():
+                now = ray.get(actor.totals.remote(name))
+                parts.append(f"{now['num_answered']:,} answers, {now['num_running']} calls running")
+                parts += [f"{now['spent_usd']:.2f} dollars"] if now["spent_usd"] else []
+                parts += [f"{now['num_limited']:,} rate-limited"] if now["num_limited"] else []
+                parts += [f"{now['num_failed']:,} failed"] if now["num_failed"] else []
+                parts += ["the endpoint seems to be down"] if now["outage"] else []
+            logger.info(" · ".join(parts))
+
+    thread = threading.Thread(target=show, name="judge-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join(timeout=LOG_EVERY_S)
 
 
-class JudgeCaptions:
-    """Slices of caption files to verdict files: an async actor that many slices share."""
-
-    def __init__(self, cfg: Config, questions: QuestionFiles, permits: dict[str, Any], judging: str) -> None:
-        cache = cfg.cache or storage.join(cfg.run, "judging", "cache")
-        self._questions = questions
-        self._rates = cfg.judge == "llm-score"
-        self._library = load_library(cfg.library)
-        ledger = storage.join(judging, "ledger")
-        self._bench = Bench(cfg, permits, judging, cache, ledger)
-        self._second = Bench(cfg, permits, judging, cache, ledger, seed=1) if cfg.retest else self._bench
-
-    async def __call__(self, batch: Any) -> dict[str, list[Any]]:
-        done = [await self._slice(Slice(**job)) for job in batch.to_pylist()]
-        return {"stopped": [why for why, _ in done], "counts": [json.dumps(counts) for _, counts in done]}
-
-    async def _slice(self, job: Slice) -> tuple[str | None, Counter[str]]:
-        rows = await asyncio.to_thread(read_slice, job, RATED_COLUMNS if self._rates else ())
-        questions = await asyncio.to_thread(self._questions.of, {r["region_id"] for r in rows})
-        asked = [_Asked(row, self._asked(row, questions.get(row["region_id"], []))) for row in rows]
-        bench = self._second if job.of == RETEST else self._bench
-        found = await asyncio.gather(*(self._caption(a, bench) for a in asked), return_exceptions=True)
-        judged = [j for j in found if isinstance(j, JudgedCaption)]
-        for failed in found:
-            if isinstance(failed, JudgeStopped):
-                return str(failed), Counter()
-            if isinstance(failed, BaseException):
-                raise failed
-        sink = await asyncio.to_thread(_encode, judged)
-        await asyncio.to_thread(storage.write_bytes, job.out, sink)
-        verdicts = [v for j in judged for v in j.verdicts]
-        return None, Counter(
-            captions=len(judged), verdicts=len(verdicts), cached=sum(v.cached for v in verdicts),
-            unscored=sum(v.outcome == "unscored" for v in verdicts),
-        )  # fmt: skip
-
-    def _asked(self, row: dict[str, Any], questions: list[Question]) -> list[Question]:
-        """The table's questions; for LLM-score the factors, of regions that the table asks about."""
-        if not self._rates or not questions:
-            return questions
-        template_set = self._library.find(row["dataset"], row["modality"])
-        labels = [Label(**label) for label in row["labels"] or []]
-        facts = known_facts(template_set, truth_of(template_set, labels)) if template_set is not None else ""
-        return rating_questions(row["region_id"], row["dataset"], facts)
-
-    async def _caption(self, asked: _Asked, bench: Bench) -> JudgedCaption:
-        row = asked.row
-        text = row["text"] if row["status"] != "failed" else None
-        verdicts, votes = await bench.verdicts(asked.questions, text, row["egress"])
-        names = ("region_id", "prompt_id", "sample", "image_id", "dataset", "status")
-        return JudgedCaption(
-            **{n: row[n] for n in names}, cluster=row["patient_key"] or row["image_key"],
-            num_questions=len(asked.questions), verdicts=verdicts, votes=votes,
-        )  # fmt: skip
-
-
-def _encode(rows: list[JudgedCaption]) -> bytes:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    sink = pa.BufferOutputStream()
-    pq.write_table(to_table(rows), sink, compression="zstd")
-    return bytes(sink.getvalue().to_pybytes())
+def _give_way() -> None:
+    """Another driver has taken the judging over: end at once, before calls are paid for twice."""
+    sys.stderr.write("meddam: lost the lease of the judging to another driver; stopping\n")
+    sys.stderr.flush()
+    os._exit(EXIT_HELD)

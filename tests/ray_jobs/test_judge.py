@@ -50,7 +50,7 @@ def test_truth_scores_100_blank_0_and_shuffled_as_the_majority(
     ray_session: None, s3_bucket: str, tmp_path: Path
 ) -> None:
     """The whole way on phantoms, in a bucket: questions, captions made from the truth, verdicts, scores."""
-    shards, table = truth_table(tmp_path, num_images=12)
+    shards, table = truth_table(tmp_path, num_images=9)
     captions_import.run(captions_import.Config(table=table, shards=(shards,), out=f"{s3_bucket}/run", model="truth"))
     qa.run(qa.Config(shards=(shards,), out=f"{s3_bucket}/q", num_cpus=1))
     cfg = Config(run=f"{s3_bucket}/run", questions=f"{s3_bucket}/q")

@@ -118,7 +118,7 @@ def config(shards: str, out: Path, url: str, **settings: Any) -> Config:
 
 
 def test_a_run_through_faults_is_a_run_like_any_other(ray_session: None, tmp_path: Path) -> None:
-    shards = make_shards(str(tmp_path / "set"), 1, 12)
+    shards = make_shards(str(tmp_path / "set"), 1, 8)
     shares = {"error": 0.1, "close": 0.05, "limited": 0.05}
     with QuotaServer(Quota(None, latency_s=(0.0, 0.02), shares=shares, seed=2)) as server:
         summary = run(config(shards, tmp_path / "run", server.url, timeout_s=5.0))
