@@ -64,9 +64,13 @@ def _recompute(layer: nn.Module) -> None:
     """Makes a layer keep only its inputs for the backward pass, and compute the rest again."""
     forward = layer.forward
 
+    def same_kernels(*args: object) -> object:
+        with _attention(next(layer.parameters()).device):  # the backward pass is outside the module's own choice
+            return forward(*args)
+
     def recomputed(*args: object) -> object:
         if not torch.is_grad_enabled():
             return forward(*args)
-        return checkpoint(forward, *args, use_reentrant=False)
+        return checkpoint(same_kernels, *args, use_reentrant=False)
 
     layer.forward = recomputed

@@ -25,7 +25,7 @@ from meddam_core.records import Caption
 from meddam_core.regions.geometry import box_mask
 from meddam_core.regions.masks import mask_of
 
-_MAKER = {"manufacturer": "MedDAM on Ray", "series_number": 1}
+_MANUFACTURER = "MedDAM on Ray"
 
 
 def write_dicom(items: Iterable[Item], out: Path, card: Card) -> int:
@@ -72,9 +72,9 @@ def _secondary_capture(item: Item) -> Any:
         pixel_array=np.ascontiguousarray(item.picture_HWC), photometric_interpretation="RGB", bits_allocated=8,
         coordinate_system="PATIENT", study_instance_uid=_uid(item.name, "study"), series_number=1,
         series_instance_uid=_uid(item.name, "series"), sop_instance_uid=_uid(item.name, "image"), instance_number=1,
-        manufacturer=_MAKER["manufacturer"], patient_id=(first.patient_key or item.name)[:64],
+        manufacturer=_MANUFACTURER, patient_id=(first.patient_key or item.name)[:64],
         patient_orientation=("L", "F"),
-        pixel_spacing=None if spacing is None else tuple(spacing),
+        pixel_spacing=None if spacing is None else (spacing[0], spacing[1]),
     )  # fmt: skip
 
 
@@ -105,7 +105,7 @@ def _segmentation(image: Any, captions: Sequence[Caption]) -> Any:
     return Segmentation(
         source_images=[image], pixel_array=masks_1HWR, segmentation_type="BINARY", segment_descriptions=described,
         series_instance_uid=_uid(image.SOPInstanceUID, "seg-series"), series_number=2,
-        sop_instance_uid=_uid(image.SOPInstanceUID, "seg"), instance_number=1, manufacturer=_MAKER["manufacturer"],
+        sop_instance_uid=_uid(image.SOPInstanceUID, "seg"), instance_number=1, manufacturer=_MANUFACTURER,
         manufacturer_model_name="MedDAM", software_versions=__version__, device_serial_number="0",
         omit_empty_frames=False,
         pixel_measures=PixelMeasuresSequence(pixel_spacing=spacing, slice_thickness=1.0),
@@ -159,7 +159,7 @@ def _report(image: Any, segmentation: Any, regions: Sequence[Sequence[Caption]],
     report = Comprehensive3DSR(
         evidence=[image, segmentation], content=content[0], series_number=3,
         series_instance_uid=_uid(image.SOPInstanceUID, "sr-series"), sop_instance_uid=_uid(image.SOPInstanceUID, "sr"),
-        instance_number=1, manufacturer=_MAKER["manufacturer"], is_complete=True, is_final=False, is_verified=False,
+        instance_number=1, manufacturer=_MANUFACTURER, is_complete=True, is_final=False, is_verified=False,
     )  # fmt: skip
     report.SeriesDescription = f"Pseudo-labels, not for diagnosis. {card.licence}"[:64]
     return report

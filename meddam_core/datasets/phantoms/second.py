@@ -137,11 +137,11 @@ def _where(kind: Kind, place: _Field, x: float, y: float) -> dict[str, str]:
 def _outline(rng: Rng, truth: dict[str, str], x: float, y: float, radius: float) -> tuple[NDArray[np.uint8], Float]:
     """(mask, alpha) of a lesion on the whole canvas."""
     turn, narrow = float(rng.uniform(0, 180)), {"oval": 0.72}.get(truth["shape"], 1.0)
-    canvas = np.zeros((SIZE, SIZE), np.uint8)
+    canvas: Any = np.zeros((SIZE, SIZE), np.uint8)
     irregular = truth["shape"] == "irregular" or truth["margin"] == "irregular"
     if irregular:
         knots = rng.uniform(0.72, 1.0, 9)
-        radii = np.interp(np.linspace(0, 9, 90), np.arange(10), np.r_[knots, knots[0]])
+        radii: Any = np.interp(np.linspace(0, 9, 90), np.arange(10), np.r_[knots, knots[0]])
         radii = np.convolve(np.r_[radii[-4:], radii, radii[:4]], np.ones(9) / 9, "valid")
         angle = np.linspace(0, 2 * np.pi, len(radii), endpoint=False)
         points = np.stack([x + radius * radii * np.cos(angle), y + radius * radii * narrow * np.sin(angle)], axis=1)
@@ -157,7 +157,7 @@ def _outline(rng: Rng, truth: dict[str, str], x: float, y: float, radius: float)
             centre = (round(x + 0.66 * radius * np.cos(a)), round(y + 0.66 * radius * narrow * np.sin(a)))
             cv2.circle(canvas, centre, round(radius * 0.31), 255, -1, cv2.LINE_AA)
     body = (canvas > 127).astype(np.uint8)
-    alpha = canvas.astype(np.float32) / 255
+    alpha: Any = canvas.astype(np.float32) / 255
     if truth["margin"] == "ill-defined":
         alpha = cv2.GaussianBlur(alpha, (0, 0), radius * 0.22)
     if truth["margin"] == "spiculated":
@@ -186,7 +186,7 @@ def _painted(kind: Kind, rng: Rng, image: Float, truth: dict[str, str], body: ND
     grains = _grains(rng) if truth.get("texture") == "granular" else np.zeros((SIZE, SIZE), np.float32)
     if kind == "chest":
         return image + alpha * _ADDED[truth["density"]] * (1 + 0.42 * grains)
-    depth = cv2.distanceTransform(body, cv2.DIST_L2, 5)
+    depth: Any = cv2.distanceTransform(body, cv2.DIST_L2, 5)
     depth = depth / max(float(depth.max()), 1.0)
     if kind == "ct":
         target = np.full_like(alpha, _HU[truth["density"]]) + 240 * grains
@@ -201,7 +201,7 @@ def _painted(kind: Kind, rng: Rng, image: Float, truth: dict[str, str], body: ND
 def _on_skin(rng: Rng, image: Float, truth: dict[str, str], alpha: Float, depth: Float) -> Float:
     cover = (alpha * 0.85)[..., None]
     image = image * (1 - cover) + np.array(COLOURS[truth["colour"]], np.float32) * cover
-    blobs = cv2.GaussianBlur(rng.standard_normal((SIZE, SIZE)).astype(np.float32), (0, 0), 2.2)
+    blobs: Any = cv2.GaussianBlur(rng.standard_normal((SIZE, SIZE)).astype(np.float32), (0, 0), 2.2)
     blobs = blobs / float(blobs.std()) * alpha
     if truth["elevation"] == "raised":
         light = cv2.Sobel(cv2.GaussianBlur(depth, (0, 0), 3), cv2.CV_32F, 1, 0, ksize=5)
@@ -223,8 +223,9 @@ def _on_skin(rng: Rng, image: Float, truth: dict[str, str], alpha: Float, depth:
 def _smooth(rng: Rng, sigma_px: float) -> Float:
     """Filtered noise of deviation 1."""
     small = max(SIZE // max(int(sigma_px / 2), 1), 8)
-    coarse = cv2.GaussianBlur(rng.standard_normal((small, small)).astype(np.float32), (0, 0), 2)
-    return cv2.resize(coarse / float(coarse.std()), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR).astype(np.float32)
+    coarse: Any = cv2.GaussianBlur(rng.standard_normal((small, small)).astype(np.float32), (0, 0), 2)
+    enlarged = cv2.resize(coarse / float(coarse.std()), (SIZE, SIZE), interpolation=cv2.INTER_LINEAR)
+    return np.asarray(enlarged, np.float32)
 
 
 def _lungs(place: _Field) -> Float:
