@@ -53,6 +53,7 @@ def test_a_whole_job_on_a_store_that_misbehaves(
                 break
             assert code in (1, 2, 4), log.read_text()
         assert code == 0, log.read_text()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_endpoint)
     assert server.given["throttled"] > 3
     assert audit(RunDirectory(f"{s3_bucket}/run")).clean
     columns = ["region_id", "prompt_id", "text", "status"]
