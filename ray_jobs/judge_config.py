@@ -97,6 +97,8 @@ class Config(BaseModel):
             raise ValueError("give one --base-url for all models, or one for each")
         if len(self.models) + self.lexical_member < 2 and self.judge == "panel":
             raise ValueError("a panel needs at least two judges")
+        if self.max_usd is not None and not (self.price_prompt or self.price_reply):
+            raise ValueError("--max-usd needs --price-prompt and --price-reply; without them every call is free")
         for endpoint in self.endpoints:
             if endpoint.retention != "inside" and not os.environ.get(self.api_key_env):
                 raise ValueError(f"the environment variable {self.api_key_env} holds no key for {endpoint.host}")

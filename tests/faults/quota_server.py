@@ -29,7 +29,7 @@ SHARES: dict[str, float] = {
     "error": 0.02, "hang": 0.003, "close": 0.01, "lie": 0.02, "prose": 0.01, "letter": 0.01, "empty": 0.005,
     "limited": 0.01,
 }  # fmt: skip
-"""How often each fault comes. limited: a 429 out of the blue, with a Retry-After of a second."""
+"""How often each fault comes. limited: a 429 out of the blue, with a Retry-After of a second. (denied: a 401.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +163,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(
                 429, {"retry-after": "1"} if seen.outcome == "limited" else {}, {"error": {"message": "slow down"}}
             )
+            return
+        if seen.outcome == "denied":
+            self._send(401, {}, {"error": {"message": "no such key", "echo": asked["messages"]}})
             return
         if seen.outcome == "error":
             self._send(500, {}, {"error": {"message": "out of order", "echo": asked["messages"]}})

@@ -184,3 +184,21 @@ def test_a_table_about_other_regions_is_refused_and_gaps_are_named(
         judged(Made(made.run, str(far / "q"), 0))
     with pytest.raises(ValueError, match="is not a complete run"):
         judged(Made(str(tmp_path / "nothing"), made.questions, 0))
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"judge": "llm"}, "needs --model and --base-url"),
+        ({"models": ("m",)}, "the lexical judge uses no model"),
+        ({"retest": True}, "is for models"),
+        ({"controls": ("blnk",)}, "no control blnk"),
+        ({"judge": "llm", "models": ("a", "b"), "base_urls": ("http://h/v1",)}, "takes one --model"),
+        ({"judge": "panel", "models": ("a",), "base_urls": ("http://h/v1",), "lexical_member": False}, "at least two"),
+        ({"judge": "llm", "models": ("a",), "base_urls": ("http://h/v1",), "max_usd": 1.0}, "needs --price-prompt"),
+        ({"judge": "llm", "models": ("a",), "base_urls": ("h/v1",)}, "must begin with http"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(settings: dict[str, object], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Config(run="r", questions="q", **{"retention": "inside", **settings})  # type: ignore[arg-type]

@@ -137,6 +137,16 @@ def test_an_endpoint_that_is_down_for_long_stops_the_run(tmp_path: Path) -> None
     assert SECRET not in str(stopped)
 
 
+def test_an_endpoint_that_refuses_the_key_stops_the_run_at_once(tmp_path: Path) -> None:
+    with QuotaServer(Quota(None, latency_s=(0.0, 0.0), shares={"denied": 1.0})) as server:
+        found, _ = ask(server, tmp_path, CAPTIONS[:30])
+        assert len(server.seen) <= 30, "none is tried again"
+    assert {type(f) for f in found} == {JudgeStopped}
+    assert "refuses every call (401)" in str(found[0])
+    assert SECRET not in str(found)
+    assert not list(tmp_path.rglob("*.parquet"))
+
+
 def test_dollars_stop_the_run_and_what_was_paid_is_kept(tmp_path: Path) -> None:
     state = str(tmp_path / "budget.json")
     prices = Prices(prompt_usd=100.0, reply_usd=0.0)
