@@ -27,7 +27,15 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from meddam_core import storage
 from meddam_core.judging.leaderboard import NUM_RESAMPLES
 from ray_jobs import caption, captions_import, judge, leaderboard, qa
-from ray_jobs.benchmark_grid import Cell, Settings, caption_config, cells_of, judge_config, questions_uri
+from ray_jobs.benchmark_grid import (
+    Cell,
+    Settings,
+    caption_config,
+    cells_of,
+    judge_config,
+    questions_uri,
+    rating_config,
+)
 from ray_jobs.judge_summary import Summary as JudgeSummary
 from ray_jobs.judged_systems import JudgedRun, open_judged
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
@@ -38,6 +46,8 @@ from ray_jobs.summary import EXIT_INCOMPLETE
 logger = logging.getLogger(__name__)
 
 GRID = "benchmark.json"
+JUDGING, RATINGS = "judging", "ratings"
+"""Folders of a run, below which `meddam judge` writes."""
 State = Literal["judged", "captioned", "incomplete", "stopped", "to do"]
 
 
@@ -62,6 +72,8 @@ class Config(BaseModel):
     """Settings of `meddam qa build`."""
     judge: Settings = {}
     """Settings of `meddam judge`; max_usd is for the whole benchmark."""
+    llm_score: Settings | None = None
+    """Settings of `meddam judge --judge llm-score`, to have a model rate the captions too; max_usd likewise."""
     title: str = "Benchmark"
     """Stands at the top of the leaderboard."""
     num_resamples: int = Field(NUM_RESAMPLES, ge=100, le=20000)
@@ -77,6 +89,7 @@ class Config(BaseModel):
             if cell.table is None:
                 caption_config(self, cell)
             judge_config(self, cell)
+            rating_config(self, cell)
         return self
 
 
@@ -120,9 +133,9 @@ def run(cfg: Config) -> Summary:
     """Does what is left of the grid and writes the leaderboard. Raises ValueError for a grid that cannot work."""
     cells = cells_of(cfg)
     if cfg.dry_run:
-        return Summary(out=cfg.out, cells=[_as_is(cell) for cell in cells], dry_run=True)
+        return Summary(out=cfg.out, cells=[_as_is(cfg, cell) for cell in cells], dry_run=True)
     storage.check_writable(cfg.out)
-    states = {cell: _as_is(cell) for cell in cells}
+    states = {cell: _as_is(cfg, cell) for cell in cells}
     _note(cfg, states)
     if any(s.state != "judged" for s in states.values()):
         with session(cfg.num_cpus):
@@ -143,10 +156,14 @@ def _work(cfg: Config, cell: Cell, states: dict[Cell, CellState]) -> CellState:
     if made["state"] != "complete":
         return _state(cell, made["state"], made["why"])
     questions = _questions(cfg, cell)
-    settings = judge_config(cfg, cell, questions=questions, spent_usd=_spent(cell, states))
-    found = judge.run(settings)
-    assert isinstance(found, JudgeSummary)
-    return _state(cell, "judged" if found.state == "complete" else found.state, found.why)
+    for folder, make in ((JUDGING, judge_config), (RATINGS, rating_config)):
+        settings = make(cfg, cell, questions=questions, spent_usd=_spent(cell, states, folder))
+        if settings is not None:
+            found = judge.run(settings)
+            assert isinstance(found, JudgeSummary)
+            if found.state != "complete":
+                return _state(cell, found.state, found.why)
+    return _state(cell, "judged", None)
 
 
 def _captions(cfg: Config, cell: Cell) -> dict[str, Any]:
@@ -193,20 +210,21 @@ def _same_judge(cfg: Config, cell: Cell) -> bool:
     }
 
 
-def _spent(cell: Cell, states: dict[Cell, CellState]) -> float:
-    """Dollars that the judging of the other cells has taken so far."""
+def _spent(cell: Cell, states: dict[Cell, CellState], folder: str) -> float:
+    """Dollars that the judging, or rating, of the other cells has taken so far."""
     total = 0.0
     for other in states:
         if other != cell:
-            summary = RunDirectory(other.run).read_json("judging", other.judging, SUMMARY) or {}
+            summary = RunDirectory(other.run).read_json(folder, other.judging, SUMMARY) or {}
             total += float(summary.get("calls", {}).get("spent_usd", 0.0))
     return total
 
 
-def _as_is(cell: Cell) -> CellState:
+def _as_is(cfg: Config, cell: Cell) -> CellState:
     directory = RunDirectory(cell.run)
-    judging = directory.read_json("judging", cell.judging, SUMMARY)
-    if judging is not None and judging["state"] == "complete":
+    wanted = [JUDGING, RATINGS] if cfg.llm_score is not None else [JUDGING]
+    found = [directory.read_json(folder, cell.judging, SUMMARY) for folder in wanted]
+    if all(f is not None and f["state"] == "complete" for f in found):
         return _state(cell, "judged", None)
     summary = directory.read_json(SUMMARY)
     if summary is not None and summary["state"] == "complete":

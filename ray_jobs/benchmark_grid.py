@@ -58,6 +58,8 @@ class Grid(Protocol):
     @property
     def judge(self) -> Settings: ...
     @property
+    def llm_score(self) -> Settings | None: ...
+    @property
     def num_cpus(self) -> int | None: ...
 
 
@@ -115,15 +117,28 @@ def caption_config(grid: Grid, cell: Cell) -> CaptionConfig:
 
 def judge_config(grid: Grid, cell: Cell, *, questions: str = "", spent_usd: float = 0.0) -> JudgeConfig:
     """The settings of the cell's judging; of the dollars, what the other cells have left."""
-    if taken := {"run", "questions", "name", "dry_run"} & grid.judge.keys():
-        raise ValueError(f"the grid itself decides {', '.join(sorted(taken))}; leave it out of judge")
+    return _judge_config(grid, cell, grid.judge, "judge", questions, spent_usd)
+
+
+def _judge_config(
+    grid: Grid, cell: Cell, settings: Settings, where: str, questions: str, spent_usd: float
+) -> JudgeConfig:
+    if taken := {"run", "questions", "name", "dry_run"} & settings.keys():
+        raise ValueError(f"the grid itself decides {', '.join(sorted(taken))}; leave it out of {where}")
     values = {
-        "cache": storage.join(grid.out, "judge-cache"), **grid.judge, "run": cell.run, "questions": questions,
+        "cache": storage.join(grid.out, "judge-cache"), **settings, "run": cell.run, "questions": questions,
         "name": cell.judging, "num_cpus": grid.num_cpus,
     }  # fmt: skip
     if values.get("max_usd") is not None:
         values["max_usd"] = max(0.0, float(values["max_usd"]) - spent_usd)
-    return _checked(JudgeConfig, values, "judge")
+    return _checked(JudgeConfig, values, where)
+
+
+def rating_config(grid: Grid, cell: Cell, *, questions: str = "", spent_usd: float = 0.0) -> JudgeConfig | None:
+    """The settings of the cell's LLM-score, as those of its judging; None where the grid asks for none."""
+    if grid.llm_score is None:
+        return None
+    return _judge_config(grid, cell, {**grid.llm_score, "judge": "llm-score"}, "llm_score", questions, spent_usd)
 
 
 def questions_uri(grid: Grid, dataset: str, window: str | None) -> str:

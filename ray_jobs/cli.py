@@ -34,6 +34,7 @@ from ray_jobs import (
     captions_import,
     check_claims,
     check_grounding,
+    check_judges,
     check_pairs,
     cost,
     curate,
@@ -280,6 +281,7 @@ _job(
     "grounding", check_grounding.Config, check_grounding.run, ["run"], {"out": "-o"},
     check_grounding.Config.__doc__ or "", _check,
 )  # fmt: skip
+_job("judges", check_judges.Config, check_judges.run, ["run"], {"out": "-o"}, check_judges.Config.__doc__ or "", _check)
 _adjudicate = typer.Typer(help="Have two clinicians check a judge, blind.", no_args_is_help=True)
 app.add_typer(_adjudicate, name="adjudicate")
 _job(

@@ -13,14 +13,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from meddam_core import storage
 from meddam_core.judging.leaderboard import CONTROLS, Role, System
 from meddam_core.judging.scores import Judged
 from meddam_core.judging.verdict_table import JudgedCaption, with_questions
+from meddam_core.reports.leaderboard_report import LlmScoreRow
 from qa_library.questions import Question
 from ray_jobs.captions_import import IMPORTED
 from ray_jobs.judging_directory import JUDGE, RUN_SET, Judging, list_judgings
 from ray_jobs.question_files import open_questions
-from ray_jobs.run_directory import RUN, RunDirectory
+from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
 
 BATCH_CAPTIONS = 4096
 """Verdict rows whose questions are looked up at once."""
@@ -127,6 +129,58 @@ def read_systems(runs: Sequence[JudgedRun]) -> list[System]:
         if found
     ]
     return systems
+
+
+def read_llm_scores(runs: Sequence[JudgedRun]) -> tuple[list[LlmScoreRow], str]:
+    """LLM-score of each system whose runs were all rated by one model, and who rated; ([], "") where none was.
+
+    A system's score is the mean over its runs, so datasets count equally. Runs with several prompts are left out: their
+    ratings are of all prompts together.
+    """
+    rated: dict[str, dict[tuple[str, ...] | None, list[dict[str, Any]]]] = {}
+    basis: dict[str, str] = {}
+    keys = [_single_key(run) for run in runs]
+    for run, key in zip(runs, keys, strict=True):
+        for summary in _ratings(run):
+            rated.setdefault(summary["judge"], {}).setdefault(key, []).append(summary)
+            basis[summary["judge"]] = f"Rated by {summary['judge']}; {summary['basis']}."
+    wanted = Counter(keys)
+    complete = {j: all(len(found.get(k, ())) == n for k, n in wanted.items()) for j, found in rated.items()}
+    judge = next((j for j in sorted(rated) if complete[j] and None not in wanted), None)
+    if judge is None:
+        return [], ""
+    names = _names([k for k in wanted if k is not None])
+    rows = [_llm_row(names[key], summaries) for key, summaries in rated[judge].items() if key is not None]
+    return sorted(rows, key=lambda r: -(r.score or 0.0)), basis[judge]
+
+
+def _single_key(run: JudgedRun) -> tuple[str, ...] | None:
+    prompts = list(run.described["fingerprint"]["prompts"])
+    return (run.label or run.model, _views(run), prompts[0]) if len(prompts) == 1 else None
+
+
+def _ratings(run: JudgedRun) -> Iterable[dict[str, Any]]:
+    """The summaries of the run's complete ratings."""
+    for info in storage.list_files(run.run.at("ratings"), SUMMARY, recursive=True):
+        name = info.path.split("/ratings/")[-1].split("/")[0]
+        summary = run.run.read_json("ratings", name, SUMMARY)
+        if summary is not None and summary["state"] == "complete" and summary.get("llm_score"):
+            yield summary
+
+
+def _llm_row(name: str, summaries: Sequence[dict[str, Any]]) -> LlmScoreRow:
+    """Means over a system's runs, 0 to 100."""
+
+    def mean(factor: str) -> float | None:
+        values = [s["llm_score"][factor]["value"] for s in summaries if factor in s["llm_score"]]
+        return 100 * sum(values) / len(values) if values and None not in values else None
+
+    factors = {f: v for f in summaries[0]["llm_score"] if f != "score" and (v := mean(f)) is not None}
+    num = sum(s["num_verdicts"] for s in summaries)
+    return LlmScoreRow(
+        name=name, score=mean("score"), factors=factors,
+        lacking=sum(sum(s["unscored"].values()) for s in summaries) / num if num else 0.0,
+    )  # fmt: skip
 
 
 def _by_prompt(run: JudgedRun, of: str, questions: _Questions) -> dict[str, list[Judged]]:

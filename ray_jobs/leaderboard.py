@@ -21,8 +21,9 @@ from meddam_core.judging.leaderboard import NUM_RESAMPLES, Leaderboard, Standing
 from meddam_core.judging.statistics import Interval
 from meddam_core.reports.leaderboard_report import BoardFacts, leaderboard_report
 from meddam_core.reports.leaderboard_tables import eval_results, leaderboard_csv
-from ray_jobs.judged_systems import JudgedRun, open_judged, read_systems
+from ray_jobs.judged_systems import JudgedRun, open_judged, read_llm_scores, read_systems
 from ray_jobs.judging_directory import JUDGE
+from ray_jobs.run_directory import SUMMARY
 
 PAGE, TABLE, FIGURES, RESULTS = "leaderboard.html", "leaderboard.csv", "leaderboard.json", "eval_results"
 
@@ -111,9 +112,11 @@ def write_leaderboard(cfg: Config, runs: Sequence[JudgedRun]) -> Summary:
     """The same for runs that are open already."""
     board = make_leaderboard(read_systems(runs), seed=cfg.seed, num=cfg.num_resamples)
     now = datetime.now(UTC)
+    llm_scores, basis = read_llm_scores(runs)
     facts = BoardFacts(
-        title=cfg.title, made_at=now.isoformat(sep=" ", timespec="seconds"), settings=_settings(cfg, runs)
-    )
+        title=cfg.title, made_at=now.isoformat(sep=" ", timespec="seconds"), settings=_settings(cfg, runs),
+        llm_scores=llm_scores, llm_basis=basis,
+    )  # fmt: skip
     summary = Summary(
         out=cfg.out, judge=board.judge, datasets=board.datasets, num_questions=board.num_questions,
         num_regions=board.num_regions, systems=[_line(s) for s in (*board.models, *board.controls)],
@@ -172,11 +175,25 @@ def _settings(cfg: Config, runs: Sequence[JudgedRun]) -> dict[str, str]:
     described = [r.judging.read_json(JUDGE) or {} for r in runs]
     tables = sorted({f"{d['questions']['uri']} ({d['questions']['digest']})" for d in described})
     return {
+        **_trust(runs),
         "Questions": "; ".join(tables),
         "Runs": "; ".join(f"{r.run.uri} ({r.judging.name})" for r in runs),
         "Intervals": f"{cfg.num_resamples:,} resamples, seed {cfg.seed}",
         "meddam": __version__,
     }
+
+
+def _trust(runs: Sequence[JudgedRun]) -> dict[str, str]:
+    """How the judge agrees with itself, and the members of a panel with each other, where that was measured."""
+    said: dict[str, list[str]] = {}
+    for run in runs:
+        summary = run.judging.read_json(SUMMARY) or {}
+        retest, panel = summary.get("retest") or {}, summary.get("agreement") or {}
+        if "same" in retest:
+            said.setdefault("Judge asked twice", []).append(f"{100 * retest['same']:.1f} % equal answers")
+        if "alpha" in panel:
+            said.setdefault("Agreement of the panel", []).append(f"Krippendorff's alpha {panel['alpha']:.2f}")
+    return {name: "; ".join(dict.fromkeys(texts)) for name, texts in said.items()}
 
 
 def _line(standing: Standing) -> Line:

@@ -12,13 +12,14 @@ import pytest
 import yaml
 
 from meddam_core.shards import read_shard
-from ray_jobs import adjudicate, benchmark, captions_import, ingest, judge, leaderboard, qa
+from ray_jobs import adjudicate, benchmark, captions_import, check_judges, ingest, judge, leaderboard, qa
 from ray_jobs.cli import main
 from ray_jobs.ingest_config import PhantomsConfig
 from ray_jobs.judge_config import Config as JudgeConfig
 from ray_jobs.judge_summary import Summary as JudgeSummary
 from ray_jobs.options import build
 from ray_jobs.run_directory import SUMMARY
+from tests.faults.quota_server import Quota, QuotaServer
 from tests.meddam_core.dam.small import CHECKPOINT
 from tests.ray_jobs.made_lidc_rows import make_nodule_shards, truths, write_table
 
@@ -118,6 +119,25 @@ def test_half_done_cells_go_on_and_new_ones_are_added(done: tuple[benchmark.Conf
     assert ranks["copy"] == ranks["whole"] == (1, 2)
 
 
+def test_a_model_rates_the_captions_too(done: tuple[benchmark.Config, benchmark.Summary]) -> None:
+    cfg, _ = done
+    given = {name: spec for name, spec in cfg.models.items() if "captions" in spec}
+    with QuotaServer(Quota(None, latency_s=(0.0, 0.0), shares={"prose": 0.1}, seed=6)) as server:
+        rating = {"models": ["rater"], "base_urls": [server.url], "retention": "inside", "api_key_env": "NONE"}
+        rated = cfg.model_copy(update={"models": given, "llm_score": rating})
+        assert {c.state for c in benchmark.run(rated.model_copy(update={"dry_run": True})).cells} == {"captioned"}
+        found = benchmark.run(rated)
+        assert found.exit_code == 0
+        asked = len(server.seen)
+        assert benchmark.run(rated).exit_code == 0
+        assert len(server.seen) == asked
+    page = (Path(cfg.out) / "leaderboard/leaderboard.html").read_text()
+    section = page.partition("<h2>LLM-score</h2>")[2].partition("<h2>")[0]
+    assert "saw no image" in section
+    assert all(f"<td>{name}</td>" in section for name in given)
+    assert "clinical plausibility" in section
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -125,6 +145,7 @@ def test_half_done_cells_go_on_and_new_ones_are_added(done: tuple[benchmark.Conf
         ({"models": {"x": {"model": "m", "modell": "n"}}}, "modell"),
         ({"models": {"x": {"model": "m", "out": "n"}}}, "the grid itself decides out"),
         ({"judge": {"judge": "oracle"}}, "judge"),
+        ({"llm_score": {"models": ["m"]}}, "needs --model and --base-url"),
         ({"prompts": ["a b", "a-b"], "models": {"x": {"model": "m"}}}, "same folder"),
     ],
 )
@@ -153,10 +174,33 @@ def test_leaderboard_of_runs_names_what_is_missing(
         leaderboard.run(leaderboard.Config(runs=(cfg.out,), out=str(tmp_path / "x")))
 
 
+def test_two_judges_of_a_run(done: tuple[benchmark.Config, benchmark.Summary]) -> None:
+    run = next(c.run for c in done[1].cells if c.model == "first")
+    with pytest.raises(ValueError, match="has 1 finished judgings"):
+        check_judges.run(check_judges.Config(run=run))
+    questions = str(Path(done[0].out) / "questions/nodules")
+    with QuotaServer(Quota(None, latency_s=(0.0, 0.0), seed=3)) as server:
+        second = JudgeConfig(
+            run=run, questions=questions, judge="llm", models=("m",), base_urls=(server.url,), retention="inside",
+            controls=("none",), name="model",
+        )  # fmt: skip
+        judge.run(second)
+    found = check_judges.run(check_judges.Config(run=run))
+    (pair,) = found.pairs
+    assert (pair.first, pair.second) == ("benchmark", "model")
+    assert pair.num_both + pair.num_unscored > 100
+    assert 0 < pair.same[0] < 1  # the made server answers without reading
+    assert pair.alpha is not None
+    assert abs(pair.alpha) < 0.4
+    with pytest.raises(ValueError, match="judged more than once"):
+        leaderboard.run(leaderboard.Config(runs=(run,), out=str(Path(done[0].out) / "x")))
+
+
 def test_two_readers_and_a_judge(done: tuple[benchmark.Config, benchmark.Summary], tmp_path: Path) -> None:
     sheets = tmp_path / "sheets"
     run = next(c.run for c in done[1].cells if c.model == "first")
-    out = adjudicate.write_sheets(adjudicate.SheetsConfig(run=run, out=str(sheets), num=40))
+    cfg_sheets = adjudicate.SheetsConfig(run=run, judging="benchmark", out=str(sheets), num=40)
+    out = adjudicate.write_sheets(cfg_sheets)
     assert (out.num_items, out.num_judged_right) == (40, 20)
     items = {i["item_id"]: i for i in json.loads((sheets / "items.json").read_text())["items"]}
     for reader in ("reader-1", "reader-2"):
