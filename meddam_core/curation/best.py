@@ -57,6 +57,8 @@ def yield_curve(measured: Sequence[tuple[float, int, int]], num_points: int = 20
         measured: (measure, questions right, questions asked) of each caption, asked 0 where no truth is known.
         num_points: thresholds, at equal shares of the captions.
     """
+    if not measured:
+        return []
     ordered = sorted(measured, key=lambda m: -m[0])
     points = []
     for i in range(1, num_points + 1):
@@ -64,4 +66,4 @@ def yield_curve(measured: Sequence[tuple[float, int, int]], num_points: int = 20
         chosen = ordered[:count]
         asked = sum(m[2] for m in chosen)
         points.append(YieldPoint(chosen[-1][0], count, sum(m[1] for m in chosen) / asked if asked else None))
-    return points if ordered else []
+    return points

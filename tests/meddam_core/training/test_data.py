@@ -111,7 +111,9 @@ def test_ablations_of_what_is_seen() -> None:
 
 def test_prompts_fit_their_modality_and_set_the_length() -> None:
     texts = Texts.of(("meddam-v1-lung-ct", "meddam-v1-dermatology+sentence"), "truth")
-    ct = Example(region_id=1, image_id=1, split="", modality="CT", labels=LESION, views_8SS=np.zeros((8, 2, 2), np.uint8))
+    ct = Example(
+        region_id=1, image_id=1, split="", modality="CT", labels=LESION, views_8SS=np.zeros((8, 2, 2), np.uint8)
+    )
     query, caption = texts.choose(ct, np.random.default_rng(0))
     assert "CT slice" in query and "solid" in caption and "left lung" in caption
     assert length_of("meddam-v1-dermatology+sentence") == "sentence" and length_of("meddam-v1") == "paragraph"

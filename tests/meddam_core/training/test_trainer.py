@@ -29,7 +29,7 @@ def batches(dam: Dam, count: int, size: int = 4) -> list[Batch]:
 
 
 def plain_losses(dam: Dam, given: list[Batch], num_steps: int) -> list[float]:
-    """Twenty lines of PyTorch that share no code with the trainer: one mean over all tokens of a step, AdamW, cosine."""
+    """Plain PyTorch that shares no code with the trainer: one mean over all tokens of a step, AdamW, cosine."""
     import math
 
     named = [(n, p) for n, p in dam.named_parameters() if p.requires_grad]
