@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from meddam_core import storage
 from meddam_core.judging.cache import VerdictCache, key_of
 from meddam_core.judging.protocol import Unscored, decided, unscored
 from qa_library import Question, load_library, question_about
@@ -164,3 +165,17 @@ def test_a_ledger_keeps_what_decides_nothing(tmp_path: Path) -> None:
         (found,) = reader.get(keys(CAPTION), [MARGIN], "j")
         assert found is not None
         assert (found.outcome, found.reason, found.choice, found.cached) == ("unscored", Unscored.REFUSED, None, True)
+
+
+@pytest.mark.s3
+def test_a_bucket_serves_as_well(s3_bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("meddam_core.judging.cache.MERGE_PARTS", 4)
+    cache = VerdictCache(f"{s3_bucket}/verdicts", "w")
+    early = VerdictCache(f"{s3_bucket}/verdicts", "r")
+    for i in range(10):
+        cache.put({k: decided(MARGIN, "sharp", "j") for k in keys(str(i))})
+    early.refresh()
+    for reader in (early, VerdictCache(f"{s3_bucket}/verdicts")):
+        assert None not in reader.get(keys(*map(str, range(10))), [MARGIN] * 10, "j")
+        assert (len(reader), reader.num_passed_over) == (10, 0)
+    assert len(storage.list_files(f"{s3_bucket}/verdicts/parts")) == 4
