@@ -53,6 +53,7 @@ from ray_jobs import (
     leaderboard,
     qa,
     report,
+    stage_profile,
     status,
     withdraw,
 )
@@ -251,6 +252,10 @@ _job("doctor", doctor.Config, doctor.run, [], {}, "Look whether this cluster and
 _job(
     "withdraw", withdraw.Config, withdraw.run, ["places"], {},
     "Take a patient's rows out of datasets, runs and exports, and record that it was done.",
+)  # fmt: skip
+_job(
+    "profile", stage_profile.Config, stage_profile.run, ["shards"], {"model": "-m"},
+    "Measure where the time of preparing and describing goes, on a few rows.",
 )  # fmt: skip
 _job(
     "plan", cost.Config, cost.run, ["shards"], {},
