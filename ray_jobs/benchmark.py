@@ -149,7 +149,7 @@ def run(cfg: Config) -> Summary:
 
 def _work(cfg: Config, cell: Cell, states: dict[Cell, CellState]) -> CellState:
     """Captions and judges one cell, as far as that is not done."""
-    if states[cell].state == "judged" and _same_judge(cfg, cell):
+    if states[cell].state == "judged":
         return states[cell]
     logger.info("cell: %s, %s, %s, %s", cell.dataset, cell.model, cell.prompt, cell.view)
     made = _captions(cfg, cell)
@@ -200,30 +200,24 @@ def _open(cell: Cell) -> JudgedRun:
     return open_judged(cell.run, cell.judging, cell.model, cell.dataset)
 
 
-def _same_judge(cfg: Config, cell: Cell) -> bool:
-    """Whether the cell was judged as the grid asks for."""
-    described = _open(cell).judging.read_json("judge.json") or {}
-    asked = judge_config(cfg, cell).model_dump(mode="json")
-    changing = {"questions", "max_usd", "num_cpus"}
-    return {k: v for k, v in described.get("config", {}).items() if k not in changing} == {
-        k: v for k, v in asked.items() if k not in changing
-    }
-
-
 def _spent(cell: Cell, states: dict[Cell, CellState], folder: str) -> float:
     """Dollars that the judging, or rating, of the other cells has taken so far."""
     total = 0.0
     for other in states:
         if other != cell:
-            summary = RunDirectory(other.run).read_json(folder, other.judging, SUMMARY) or {}
+            summary = RunDirectory(other.run).read_json(folder, _name(other, folder), SUMMARY) or {}
             total += float(summary.get("calls", {}).get("spent_usd", 0.0))
     return total
+
+
+def _name(cell: Cell, folder: str) -> str:
+    return cell.judging if folder == JUDGING else cell.rating
 
 
 def _as_is(cfg: Config, cell: Cell) -> CellState:
     directory = RunDirectory(cell.run)
     wanted = [JUDGING, RATINGS] if cfg.llm_score is not None else [JUDGING]
-    found = [directory.read_json(folder, cell.judging, SUMMARY) for folder in wanted]
+    found = [directory.read_json(folder, _name(cell, folder), SUMMARY) for folder in wanted]
     if all(f is not None and f["state"] == "complete" for f in found):
         return _state(cell, "judged", None)
     summary = directory.read_json(SUMMARY)

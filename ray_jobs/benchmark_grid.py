@@ -6,6 +6,8 @@ prompt and view are what they are.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from ray_jobs.judge_config import Config as JudgeConfig
 
 Settings = dict[str, Any]
 JUDGING = "benchmark"
-"""Name of the judging of each cell's run."""
+"""Names of the judgings of cells begin so; what follows is made from the judge's settings."""
 OF_THE_GRID = frozenset({"shards", "out", "prompts", "dry_run", "num_cpus"})
 """What the grid decides, and no setting of a model or view may."""
 
@@ -38,6 +40,9 @@ class Cell:
     table: str | None = None
     """Captions to import, where the model is not run here."""
     judging: str = JUDGING
+    """Name of its judging: another judge leaves the verdicts of this one where they are."""
+    rating: str = JUDGING
+    """Name of its LLM-score."""
 
 
 class Grid(Protocol):
@@ -92,7 +97,17 @@ def _table(grid: Grid, model: str, dataset: str) -> str | None:
 
 def _cell(grid: Grid, dataset: str, shards: str, model: str, prompt: str, view: str, table: str | None = None) -> Cell:
     parts = [_folder(name) for name in (dataset, model, Path(prompt).name if "/" in prompt else prompt, view)]
-    return Cell(dataset, shards, model, prompt, view, storage.join(grid.out, "runs", *parts), table)
+    return Cell(
+        dataset, shards, model, prompt, view, storage.join(grid.out, "runs", *parts), table,
+        judging=_judging(grid.judge), rating=_judging(grid.llm_score or {}),
+    )  # fmt: skip
+
+
+def _judging(settings: Settings) -> str:
+    """A name for what these settings of a judge give; what only decides the pace or the bill is no part of it."""
+    pace = {"max_usd", "requests_per_min", "tokens_per_min", "max_concurrent", "timeout_s", "patience_s", "num_judges"}
+    kept = json.dumps({k: v for k, v in settings.items() if k not in pace}, sort_keys=True, default=str)
+    return f"{JUDGING}-{hashlib.sha256(kept.encode()).hexdigest()[:8]}"
 
 
 def _folder(name: str) -> str:
@@ -117,17 +132,17 @@ def caption_config(grid: Grid, cell: Cell) -> CaptionConfig:
 
 def judge_config(grid: Grid, cell: Cell, *, questions: str = "", spent_usd: float = 0.0) -> JudgeConfig:
     """The settings of the cell's judging; of the dollars, what the other cells have left."""
-    return _judge_config(grid, cell, grid.judge, "judge", questions, spent_usd)
+    return _judge_config(grid, grid.judge, "judge", cell.run, cell.judging, questions, spent_usd)
 
 
 def _judge_config(
-    grid: Grid, cell: Cell, settings: Settings, where: str, questions: str, spent_usd: float
+    grid: Grid, settings: Settings, where: str, run: str, name: str, questions: str, spent_usd: float
 ) -> JudgeConfig:
     if taken := {"run", "questions", "name", "dry_run"} & settings.keys():
         raise ValueError(f"the grid itself decides {', '.join(sorted(taken))}; leave it out of {where}")
     values = {
-        "cache": storage.join(grid.out, "judge-cache"), **settings, "run": cell.run, "questions": questions,
-        "name": cell.judging, "num_cpus": grid.num_cpus,
+        "cache": storage.join(grid.out, "judge-cache"), **settings, "run": run, "questions": questions,
+        "name": name, "num_cpus": grid.num_cpus,
     }  # fmt: skip
     if values.get("max_usd") is not None:
         values["max_usd"] = max(0.0, float(values["max_usd"]) - spent_usd)
@@ -138,7 +153,8 @@ def rating_config(grid: Grid, cell: Cell, *, questions: str = "", spent_usd: flo
     """The settings of the cell's LLM-score, as those of its judging; None where the grid asks for none."""
     if grid.llm_score is None:
         return None
-    return _judge_config(grid, cell, {**grid.llm_score, "judge": "llm-score"}, "llm_score", questions, spent_usd)
+    settings = {**grid.llm_score, "judge": "llm-score"}
+    return _judge_config(grid, settings, "llm_score", cell.run, cell.rating, questions, spent_usd)
 
 
 def questions_uri(grid: Grid, dataset: str, window: str | None) -> str:

@@ -103,7 +103,8 @@ def test_finished_cells_are_not_done_again(
 def test_half_done_cells_go_on_and_new_ones_are_added(done: tuple[benchmark.Config, benchmark.Summary]) -> None:
     cfg, summary = done
     cell = next(c for c in summary.cells if c.model == "first")
-    (Path(cell.run) / "judging/benchmark" / SUMMARY).unlink()  # as a kill between the last verdict and the summary
+    (judging,) = (Path(cell.run) / "judging").glob("benchmark-*")
+    (judging / SUMMARY).unlink()  # as a kill between the last verdict and the summary
     captions = json.loads((Path(cfg.out) / "benchmark.json").read_text())["grid"]["models"]["whole"]
     more = cfg.model_copy(update={"models": {**cfg.models, "copy": captions}})
     assert [c.state for c in benchmark.run(more.model_copy(update={"dry_run": True})).cells] == [
@@ -136,6 +137,16 @@ def test_a_model_rates_the_captions_too(done: tuple[benchmark.Config, benchmark.
     assert "saw no image" in section
     assert all(f"<td>{name}</td>" in section for name in given)
     assert "clinical plausibility" in section
+
+
+def test_another_judge_leaves_the_verdicts_of_the_first_where_they_are(
+    done: tuple[benchmark.Config, benchmark.Summary],
+) -> None:
+    cfg, _ = done
+    other = cfg.model_copy(update={"judge": {"control_regions": 5}, "dry_run": True})
+    assert {c.state for c in benchmark.run(other).cells} == {"captioned"}
+    slower = cfg.model_copy(update={"judge": {"max_concurrent": 2, "max_usd": 1.0}, "dry_run": True})
+    assert {c.state for c in benchmark.run(slower).cells} == {"judged"}
 
 
 @pytest.mark.parametrize(
@@ -187,7 +198,7 @@ def test_two_judges_of_a_run(done: tuple[benchmark.Config, benchmark.Summary]) -
         judge.run(second)
     found = check_judges.run(check_judges.Config(run=run))
     (pair,) = found.pairs
-    assert (pair.first, pair.second) == ("benchmark", "model")
+    assert (pair.first.partition("-")[0], pair.second) == ("benchmark", "model")
     assert pair.num_both + pair.num_unscored > 100
     assert 0 < pair.same[0] < 1  # the made server answers without reading
     assert pair.alpha is not None
