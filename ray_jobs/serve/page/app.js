@@ -120,7 +120,7 @@ function chips(findings) {
     const item = document.createElement("li");
     if (!finding.present) item.className = "absent";
     const size = finding.length_mm === null ? "" : `: ${finding.length_mm} mm`;
-    item.textContent = (finding.present ? (finding.hedged ? "possible " : "") : "no ") + finding.name + size;
+    item.textContent = (finding.present ? (finding.hedged ? "possible " : "") : "no ") + finding.name.replace(/^(an?|the) /, "") + size;
     if (finding.codes.length) {
       const code = document.createElement("code");
       code.textContent = finding.codes.map((c) => `${c.system} ${c.code}`).join(", ");
