@@ -5,8 +5,8 @@
 
 Sets are painted anew from seeds that training never used. `unseen` is the distribution that the model was trained on;
 `held-out` holds combinations of attributes that it never saw, `second` comes from the generator written otherwise.
-Scores are MedDLC-score, strict, by the lexical judge. The swap shows each region three times two ways: full view (with
-its mask), crop and crop's mask come from one region or from another; a fact follows a view if the caption says what is
+Scores are MedDLC-score, strict, by the lexical judge. For the swap, full view (with its mask), crop and the crop's mask
+each come from one region or from another, in all eight ways; a fact follows a view if the caption says what is
 true of the region that the view came from (one half by chance).
 """
 
@@ -215,7 +215,7 @@ def _loss(dam: Any, example: Example, caption: str) -> float:
 def figures(dam: Any, num_regions: int) -> dict[str, Any]:
     """All of them."""
     reader, size = Reader(), dam.config.view_size
-    few = max(num_regions // 2, 10)
+    few = max(min(num_regions // 2, 150), 10)
     usual = Options(without=HELD_OUT)
     sets = {
         "unseen": painted(num_regions, size, options=usual),
@@ -228,14 +228,16 @@ def figures(dam: Any, num_regions: int) -> dict[str, Any]:
         found["facts"][name] = accuracy(reader, held.examples, texts)
     unseen = sets["unseen"]
     found["chance"] = chance(reader, unseen.examples, (*FULL_FACTS, *CROP_FACTS, "shape", "finding"))
+    first = painted(few, size, options=usual)  # the beginning of the same set
     restore = gates_at_zero(dam)
-    found["scores"]["gates at zero"], texts = score(dam, unseen)
-    found["facts"]["gates at zero"] = accuracy(reader, unseen.examples, texts)
+    found["scores"]["gates at zero"], texts = score(dam, first)
+    found["facts"]["gates at zero"] = accuracy(reader, first.examples, texts)
     restore()
-    neutral = painted(num_regions, size, first=1000, options=replace(usual, surroundings="neutral"))
+    neutral = painted(few, size, first=1000, options=replace(usual, surroundings="neutral"))
     found["scores"]["neutral surroundings"], texts = score(dam, neutral)
     found["facts"]["neutral surroundings"] = accuracy(reader, neutral.examples, texts)
-    found["swap"] = swaps(dam, reader, neutral.examples, few // 4)
+    found["num_regions"] |= {"gates at zero": few, "neutral surroundings": few}
+    found["swap"] = swaps(dam, reader, neutral.examples, few // 5)
     many = [*unseen.examples, *neutral.examples]
     found["parts"] = {"with the mask": parts(dam, reader, many, "both"), "without": parts(dam, reader, many, "no-mask")}
     found["preference"] = {

@@ -1,7 +1,7 @@
 """From published captions to training data: filters, the best of several samples, balance, and a page on the yield.
 
     meddam curate s3://bucket/runs/one --min-logprob -0.3 --min-agreement 0.8 --out s3://bucket/sets/one
-    meddam finetune s3://bucket/lab --captions s3://bucket/sets/one --model /weights/DAM-3B --out s3://bucket/ft
+    meddam finetune s3://bucket/lab --caption s3://bucket/sets/one --model /weights/DAM-3B --out s3://bucket/ft
 
 Reads a caption file at a time and needs no Ray session. Writes
 

@@ -1,6 +1,6 @@
 """Train a DAM on image shards and captions; resumable, from any DAM checkpoint or from scratch.
 
-    meddam finetune s3://bucket/vindr --captions s3://bucket/runs/one --model /weights/DAM-3B --train lora --out s3://bucket/ft
+    meddam finetune s3://bucket/vindr --caption s3://bucket/runs/one --model /weights/DAM-3B --train lora --out s3://bucket/ft
     ray job submit --working-dir . --runtime-env runtime_env.yaml -- python -m ray_jobs.finetune SHARDS --out ... ...
 
 Run the same command again after any failure: it goes on from the last checkpoint. OUT/model is the result, in the
