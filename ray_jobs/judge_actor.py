@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import uuid
 from collections import Counter
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,9 @@ class JudgeCaptions:
         self._rates = cfg.judge == "llm-score"
         self._library = load_library(cfg.library)
         ledger = storage.join(judging, "ledger")
-        self._bench = Bench(cfg, permits, judging, cache, ledger)
-        self._second = Bench(cfg, permits, judging, cache, ledger, seed=1) if cfg.retest else self._bench
+        holder = uuid.uuid4().hex if (cfg.num_judges or 1) == 1 else ""
+        self._bench = Bench(cfg, permits, judging, cache, ledger, holder)
+        self._second = Bench(cfg, permits, judging, cache, ledger, holder, seed=1) if cfg.retest else self._bench
 
     async def __call__(self, batch: Any) -> dict[str, list[Any]]:
         done = [await self._slice(Slice(**job)) for job in batch.to_pylist()]

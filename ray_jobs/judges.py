@@ -30,10 +30,12 @@ class ActorPermits:
 
     actor: Any
     run: str
+    holder: str = ""
+    """Names this process, where it is the only one that calls for the run."""
 
     async def acquire(self, tokens: float, usd: float) -> Grant | Refusal:
         """Waits for leave."""
-        granted: Grant | Refusal = await self.actor.acquire.remote(self.run, tokens, usd)
+        granted: Grant | Refusal = await self.actor.acquire.remote(self.run, tokens, usd, self.holder)
         return granted
 
     async def settle(self, calls: Sequence[Settled]) -> bool:
@@ -71,12 +73,14 @@ class Bench:
         ledger: URI of the run's ledger; `cache` that of the shared cache.
     """
 
-    def __init__(self, cfg: Config, permits: dict[str, Any], run: str, cache: str, ledger: str, seed: int = 0) -> None:
+    def __init__(
+        self, cfg: Config, permits: dict[str, Any], run: str, cache: str, ledger: str, holder: str = "", seed: int = 0
+    ) -> None:
         self._members, self._panel = make_judges(cfg, seed)
         self._callers: dict[str, Caller] = {}
         models = [m for m in self._members if isinstance(m, LlmJudge | RatingJudge)]
         for model in models:
-            port = ActorPermits(permits[model.endpoint.base_url], run)
+            port = ActorPermits(permits[model.endpoint.base_url], run, holder)
             store = VerdictStore(VerdictCache(cache), VerdictCache(ledger, keep_unscored=True), port)
             self._callers[model.id] = Caller(
                 model, store, port, max_concurrent=cfg.max_concurrent,

@@ -115,6 +115,8 @@ class Permits:
         self._patience_s = patience_s
         self._purses: dict[str, Purse] = {}
         self._open: dict[int, tuple[str, Permit]] = {}
+        self._holders: dict[str, str] = {}
+        self._gone: set[str] = set()
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._failures = 0
@@ -135,10 +137,22 @@ class Permits:
         self._failures, self._last_answer = 0, self._clock()
         return None
 
-    async def acquire(self, run: str, tokens: float, usd: float) -> Grant | Refusal:
-        """Waits for leave to make one call of at most so many tokens and dollars."""
+    async def acquire(self, run: str, tokens: float, usd: float, holder: str = "") -> Grant | Refusal:
+        """Waits for leave to make one call of at most so many tokens and dollars.
+
+        `holder` names the process that calls, where it is the run's only one: when another comes, the one before it has
+        died, and what it held or waited for is given up.
+        """
+        if holder and self._holders.get(run) != holder and holder not in self._gone:
+            if run in self._holders:
+                self._gone.add(self._holders[run])
+            self._holders[run] = holder
+            self._give_up_lost(run)
+            self._changed.set()
         async with self._turn:
             while True:
+                if holder in self._gone:
+                    return Refusal("another process has taken over")
                 if (refusal := self._refusal(run, usd)) is not None:
                     return refusal
                 self._give_up_lost()
@@ -183,6 +197,7 @@ class Permits:
         self._give_up_lost(run)
         await asyncio.to_thread(self._put, self._states())
         self._purses.pop(run, None)
+        self._holders.pop(run, None)
         return not self._purses
 
     # -- within --------------------------------------------------------------------------------------------------------

@@ -30,7 +30,7 @@ from ray_jobs import captions_import, qa
 from ray_jobs.judging_directory import Judging, list_judgings
 from ray_jobs.question_files import open_questions
 from ray_jobs.run_directory import RunDirectory
-from tests.faults.processes import descendants
+from tests.faults.processes import descendants, title
 from tests.faults.quota_server import SHARES, Quota, QuotaServer, Seen, busiest_minute, paid_more_than_once
 
 MAX_CONCURRENT = 64
@@ -91,14 +91,20 @@ def start(made: Made, server: QuotaServer, log: Path, *options: str) -> subproce
                                 start_new_session=True)  # fmt: skip
 
 
-def end(process: subprocess.Popen[bytes], driver_only: bool) -> None:
-    """kill -9 of the driver, and of everything it started, as when a machine is lost."""
-    for pid in [process.pid, *([] if driver_only else descendants(process.pid))]:
+def end(process: subprocess.Popen[bytes], victim: str) -> None:
+    """kill -9 of the driver and of everything it started (machine), of the driver, or of the actor that calls."""
+    below = descendants(process.pid)
+    pids = [process.pid, *below] if victim == "machine" else [process.pid]
+    if victim == "actor":
+        pids = [pid for pid in below if "JudgeCaptions" in title(pid)]
+        assert pids, "no actor is at work"
+    for pid in pids:
         try:
             os.kill(pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
-    process.wait()
+    if victim != "actor":
+        process.wait()
 
 
 def check(made: Made) -> tuple[Judging, Counter[str]]:
@@ -131,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, default=75, help="of work, about")
     parser.add_argument("--kills", type=int, default=0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--driver-only", action="store_true", help="kill the driver, and leave its workers to Ray")
+    parser.add_argument("--victim", choices=("machine", "driver", "actor"), default="machine")
     parser.add_argument("--no-faults", action="store_true")
     args = parser.parse_args(argv)
     if args.requests_per_min is None and args.tokens_per_min is None:
@@ -145,15 +151,13 @@ def main(argv: list[str] | None = None) -> int:
         folder = Path(scratch)
         made = make_run(folder, max(4, round(rate / 60 * args.seconds / 10)))
         print(f"{made.num_questions} questions", flush=True)
-        in_flight = _to_the_end(made, server, folder / "log", args.kills, rng, args.driver_only)
+        in_flight = _to_the_end(made, server, folder / "log", args.kills, rng, args.victim)
         judging, outcomes = check(made)
         seen = sorted(server.seen, key=lambda s: s.at)
         return _report(judging, outcomes, seen, server, in_flight, args.kills)
 
 
-def _to_the_end(
-    made: Made, server: QuotaServer, log: Path, kills: int, rng: random.Random, driver_only: bool
-) -> list[int]:
+def _to_the_end(made: Made, server: QuotaServer, log: Path, kills: int, rng: random.Random, victim: str) -> list[int]:
     """Runs the job through its kills to its end; the calls in flight at each, as the server saw them."""
     in_flight: list[int] = []
     while True:
@@ -163,9 +167,12 @@ def _to_the_end(
             time.sleep(0.02)
             began = server.seen[before].at if len(server.seen) > before else None
             if len(in_flight) < kills and began is not None and time.monotonic() - began > moment:
-                end(process, driver_only)
+                end(process, victim)
                 in_flight.append(sum(s.answered is None and s.outcome in ("ok", "lie", "prose", "letter", "empty")
                                      for s in list(server.seen)))  # fmt: skip
+                before = len(
+                    server.seen
+                )  # an actor is started again by Ray: the next moment counts from its first call
                 print(f"killed after {moment:.1f} s of work, {in_flight[-1]} calls unanswered", flush=True)
         if process.returncode == 0:
             return in_flight

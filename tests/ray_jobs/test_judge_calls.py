@@ -186,6 +186,25 @@ def test_calls_of_a_killed_driver_are_counted(tmp_path: Path) -> None:
     assert totals["spent_usd"] == pytest.approx(0.2 + 3 * 0.25)
 
 
+def test_what_a_dead_process_held_and_waited_for_is_given_up(tmp_path: Path) -> None:
+    async def work() -> tuple[object, ...]:
+        permits = Permits(Limits(max_concurrent=2))
+        await permits.join(RUN, permits.limits, None, None)
+        for _ in range(2):
+            assert isinstance(await permits.acquire(RUN, 10, 0.0, "dead"), Grant)
+        waiting = asyncio.ensure_future(permits.acquire(RUN, 10, 0.0, "dead"))
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        new = await asyncio.wait_for(permits.acquire(RUN, 10, 0.0, "new"), 10)
+        late = await permits.acquire(RUN, 10, 0.0, "dead")
+        return new, await waiting, late, (await permits.totals(RUN))["num_lost"]
+
+    new, waited, late, lost = asyncio.run(work())
+    assert isinstance(new, Grant)
+    assert isinstance(waited, Refusal) and isinstance(late, Refusal)
+    assert lost == 2
+
+
 def test_a_second_run_shares_the_minute_and_must_agree_on_it(tmp_path: Path) -> None:
     async def join() -> tuple[str | None, str | None]:
         permits = Permits(Limits(requests_per_min=60))
