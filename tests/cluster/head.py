@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 120.0
+AGENTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Head:
 
     url: str
     metrics_url: str
+    address: str
+    """Of the cluster itself, for nodes and drivers."""
     env: dict[str, str]
     """Of a client that has the token."""
     checkout: Path
@@ -59,6 +62,32 @@ class Head:
             return error.code
 
 
+@contextlib.contextmanager
+def joined_node(head: Head, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A second node of the cluster, with two CPUs; ended with the block if it still lives."""
+    flags = [f"--{n}-port={p}" for n, p in zip(AGENTS, free_ports(4), strict=True)]
+    command = [
+        str(BIN / "ray"), "start", "--block", f"--address={head.address}", "--num-cpus=2", *flags,
+        "--node-ip-address=127.0.0.1", "--object-store-memory=150000000", "--disable-usage-stats",
+    ]  # fmt: skip
+    env = {name: value for name, value in head.env.items() if name != "RAY_ADDRESS"}
+    with log.open("wb") as stream:
+        process = subprocess.Popen(command, env=env, stdout=stream, stderr=stream, start_new_session=True)
+        try:
+            yield process
+        finally:
+            kill_tree(process)
+
+
+def kill_tree(process: subprocess.Popen[bytes]) -> None:
+    """kill -9 of a process and all below it."""
+    if process.poll() is None:
+        for pid in [*children(process.pid), process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+
 def free_ports(num: int) -> list[int]:
     """Ports that nobody listens on now."""
     with contextlib.ExitStack() as stack:
@@ -74,8 +103,7 @@ def started_head(folder: Path, **extra: str) -> Iterator[Head]:
     token = folder / "token"
     token.write_text("a-token-of-this-test-" + os.urandom(8).hex())
     port, dashboard, client, *agents = free_ports(7)
-    names = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
-    agent_ports = [f"--{name}-port={number}" for name, number in zip(names, agents, strict=True)]
+    agent_ports = [f"--{name}-port={number}" for name, number in zip(AGENTS, agents, strict=True)]
     env = {
         **{k: v for k, v in os.environ.items() if not k.startswith("RAY_ADDRESS")}, **extra,
         "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -96,6 +124,7 @@ def started_head(folder: Path, **extra: str) -> Iterator[Head]:
         shutil.copy(ROOT / "runtime_env.yaml", checkout)
         head = Head(
             metrics_url=f"http://127.0.0.1:{agents[2]}/metrics",
+            address=f"127.0.0.1:{port}",
             checkout=checkout,
             url=f"http://127.0.0.1:{dashboard}",
             env=env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"},
@@ -104,10 +133,7 @@ def started_head(folder: Path, **extra: str) -> Iterator[Head]:
             _wait(head, process, token.read_text(), folder / "head.log")
             yield head
         finally:
-            for pid in [process.pid, *children(process.pid)]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-            process.wait()
+            kill_tree(process)
 
 
 def children(pid: int) -> list[int]:
