@@ -8,8 +8,8 @@ PYTHON ?= $(firstword $(foreach p,python3.11 python3.12 python3 python,$(shell $
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# A small DAM of random weights: the demo's captions are real in everything but their sense.
-MODEL ?= tests/data/oracle/dam_tiny/checkpoint
+# The small DAM that comes with the package; it was trained on synthetic pictures only.
+MODEL ?= meddam_core/models/meddam-tiny
 PACKAGES := meddam_core qa_library ray_jobs
 
 export HF_HUB_OFFLINE = 1

@@ -1,7 +1,7 @@
 """What the product does, on this machine, in a few minutes: `make demo`.
 
-    meddam demo --model DIR                  writes demo/phantoms.html and demo/samples.html
-    meddam demo --model DIR --short          fewer pictures, nothing killed
+    meddam demo                              writes demo/phantoms.html and demo/samples.html
+    meddam demo --model DIR --short          another model, fewer pictures, nothing killed
 
 Starts an S3 server on loopback, ingests synthetic and real pictures into it, captions them on a local Ray, kills the
 job half-way with SIGKILL and runs it again, audits, and writes the reports. Every step is the command a user would
@@ -27,6 +27,7 @@ import typer
 from pydantic import BaseModel, ConfigDict, Field
 
 from meddam_core import storage
+from meddam_core.models import default_model
 
 BUCKET = "s3://meddam"
 START_LIMIT_S = 30.0
@@ -38,8 +39,8 @@ class Config(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
-    model: str
-    """DAM checkpoint folder, in the official layout."""
+    model: str = Field(default_factory=default_model)
+    """DAM checkpoint folder, in the official layout; by default the small model that comes with the package."""
     out: Path = Path("demo")
     """Folder for the reports."""
     num_phantoms: int = Field(36, ge=1)

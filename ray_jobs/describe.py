@@ -22,6 +22,7 @@ from meddam_core.focal import Aspect
 from meddam_core.imaging.decode import decode
 from meddam_core.imaging.decoded import Decoded
 from meddam_core.imaging.deidentify import image_fields
+from meddam_core.models import default_model
 from meddam_core.prompts import load_prompt
 from meddam_core.records import Image, Reason, Region, RegionCaption, RowError, Status, image_id, region_id
 from meddam_core.regions.geometry import checked_box, tight_box
@@ -35,8 +36,8 @@ class Config(BaseModel):
 
     image: str
     """DICOM, PNG, JPEG, TIFF, WebP or NIfTI file, on S3 or disk."""
-    model: str
-    """DAM checkpoint folder, in the official layout."""
+    model: str = Field(default_factory=default_model)
+    """DAM checkpoint folder, in the official layout; by default the small model, which knows synthetic images only."""
     box: tuple[float, float, float, float] | None = None
     """The region as x0,y0,x1,y1 in pixels, x1 and y1 outside."""
     mask: str | None = None
