@@ -18,7 +18,8 @@ from meddam_core.training.optim import Schedule
 from meddam_core.training.trainer import Settings, Trainer
 from tests.meddam_core.training.made import collator, examples, small_dam
 
-RATE = 5e-4
+RATE = 1e-4
+"""Adam turns roundings of near-zero gradients into whole steps: at 5e-4 the two loops part after ten of them."""
 SCHEDULE = Schedule(learning_rate=RATE, warmup_steps=4, max_steps=20)
 
 
@@ -77,7 +78,7 @@ def test_twenty_steps_equal_a_plain_loop() -> None:
     trainer = Trainer(dam, Settings(schedule=SCHEDULE))
     found = [trainer.train_step(given[2 * i : 2 * i + 2]) for i in range(20)]
     assert found == pytest.approx(plain_losses(reference, given, 20), abs=1e-4)
-    assert found[-1] < 0.8 * found[0]
+    assert found[-1] < found[0] - 0.5
 
 
 def test_a_state_goes_on_as_it_would_have() -> None:
@@ -127,7 +128,7 @@ def test_dead_weights_leave_as_they_came() -> None:
 def test_lora_starts_as_no_change_and_merges_into_the_same_captions() -> None:
     dam, plain = _adapted("lora"), small_dam()
     batch = batches(dam, 1)[0]
-    assert float(caption_loss(dam, batch)) == pytest.approx(float(caption_loss(plain, batch)), abs=1e-3)
+    assert float(caption_loss(dam, batch)) == pytest.approx(float(caption_loss(plain, batch)), abs=1e-4)
     trainer = Trainer(dam, Settings(schedule=SCHEDULE))
     for _ in range(3):
         trainer.train_step([batch])
