@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
+from starlette.testclient import TestClient
 
+from ray_jobs.serve.app import make_app
 from ray_jobs.serve.config import Config
 from ray_jobs.serve.job import PROXY_CALLBACK
 from ray_jobs.serve.job import run as run_job
 from ray_jobs.serve.metrics import Metrics
-from ray_jobs.serve.replica import model_folder
+from ray_jobs.serve.replica import make_service, model_folder
 from tests.ray_jobs.serve.conftest import MODEL
 
 CLUSTER = Path(__file__).parents[3] / "cluster"
@@ -51,6 +54,19 @@ def test_a_model_that_is_not_there_is_said_before_anything_starts(tmp_path: Path
     with pytest.raises(ValueError, match=r"no config\.json"):
         run_job(Config(model=str(tmp_path)))
     assert model_folder(Config(model=MODEL)) == MODEL
+
+
+def test_without_a_model_the_packages_own_is_served() -> None:
+    service = make_service(Config(num_threads=1))
+    with TestClient(make_app(service)) as client:
+        card = client.get("/samples").json()["samples"][1]
+        picture = client.get(f"/samples/{card['name']}").content
+        asked = {"image": base64.b64encode(picture).decode(), "recipe": card["recipe"], "max_tokens": 60,
+                 "regions": [{"box": [140, 325, 360, 485]}]}  # fmt: skip
+        (region,) = client.post("/v1/regions:describe", json=asked).json()["regions"]
+    service.describer.loop.close()
+    assert "CT slice" in region["caption"] and region["template_set"] == "phantom_ct"
+    assert {"side", "density"} <= {finding["attribute"] for finding in region["findings"]}
 
 
 def test_a_fresh_key_comes_with_its_entry() -> None:
