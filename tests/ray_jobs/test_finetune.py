@@ -112,3 +112,11 @@ def test_two_workers_learn_as_one_loop_over_both_shares(
         for both in islice(zip(*streams, strict=True), NUM_STEPS)
     ]
     assert losses(tmp_path / "two") == pytest.approx(expected, abs=1e-4)
+
+
+def test_everything_may_lie_on_s3(data: tuple[str, str], plain: Path, s3_bucket: str) -> None:
+    cfg = config(data, Path("unused"), max_steps=2).model_copy(update={"out": f"{s3_bucket}/ft"})
+    finetune.run(cfg)
+    summary = finetune.run(cfg.model_copy(update={"max_steps": 4}))  # goes on from step 2
+    assert summary.model == f"{s3_bucket}/ft/model"
+    assert [step for step, _ in checkpoints(cfg.out)] == [2, 4]
