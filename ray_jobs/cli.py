@@ -60,6 +60,7 @@ from ray_jobs import (
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
 from ray_jobs.options import build, command
+from ray_jobs.process_end import run_and_end
 from ray_jobs.run_directory import RUN, RunDirectory
 from ray_jobs.serve import config as serve_config
 from ray_jobs.serve import job as serve
@@ -325,8 +326,14 @@ _job(
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command line and ends the process with its exit code. The one place where errors become sentences."""
-    args = list(sys.argv[1:] if argv is None else argv)
+    """Runs the command line, and raises SystemExit with its exit code; without `argv`, ends the process with it."""
+    if argv is None:
+        run_and_end(lambda: _run(sys.argv[1:]))
+    _run(list(argv))
+
+
+def _run(args: list[str]) -> NoReturn:
+    """The one place where errors become sentences."""
     try:
         code = app(args, prog_name="meddam", standalone_mode=False)
     except _UsageError as error:

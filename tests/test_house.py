@@ -31,6 +31,7 @@ BROAD_EXCEPTS = {
     "ray_jobs/caption.py",  # the breaker: re-raises whatever it did not cause
     "ray_jobs/serve/guards.py",  # the door of the endpoint: whatever a route raised, the client gets a clean error
     "ray_jobs/session.py",  # a start of Ray that took too long has no type of its own
+    "ray_jobs/process_end.py",  # prints the traceback that the interpreter would print
     "ray_jobs/lease.py",  # a renewal that fails for any reason counts as lost
 }
 """Files that may catch Exception, each with its reason."""
