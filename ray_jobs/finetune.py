@@ -33,6 +33,7 @@ from pydantic import BaseModel
 from meddam_core import __version__, storage
 from meddam_core.reports.yield_report import training_report
 from meddam_core.training.order import Reading
+from ray_jobs.curate import CAPTIONS, CURATION
 from ray_jobs.finetune_config import Config
 from ray_jobs.finetune_worker import CURVE, MODEL, Spec, World, reader, train
 from ray_jobs.fingerprint import differences, inputs_digest, weights_digest
@@ -122,8 +123,10 @@ def _open(cfg: Config, directory: RunDirectory) -> Spec:
 
 def caption_files(uri: str) -> list[str]:
     """The caption tables of a published run, of a curated set, or of any folder. Raises ValueError where none are."""
-    published = RunDirectory(uri).published()
-    found = published if published is not None else [o.uri for o in storage.list_objects(uri, ".parquet")]
+    directory = RunDirectory(uri)
+    folder = directory.at(CAPTIONS) + "/" if directory.read_json(CURATION) is not None else directory.uri
+    published = directory.published()
+    found = published if published is not None else [o.uri for o in storage.list_objects(folder, ".parquet")]
     if not found:
         raise ValueError(
             f"{uri} holds no captions: give a finished run of `meddam caption` or a set of `meddam curate`"
@@ -143,7 +146,16 @@ def licences(uris: Sequence[str]) -> list[str]:
 
 
 def _run_facts(uri: str) -> dict[str, Any]:
-    begun = RunDirectory(uri).read_json(RUN) or {}
+    directory = RunDirectory(uri)
+    curated = directory.read_json(CURATION)
+    if curated is not None:
+        return {
+            "uri": uri,
+            "job": "curate",
+            "licences": curated["licences"],
+            "runs": [r["uri"] for r in curated["runs"]],
+        }
+    begun = directory.read_json(RUN) or {}
     return {"uri": uri, "job": begun.get("job", "caption"), "model": begun.get("config", {}).get("model")}
 
 
