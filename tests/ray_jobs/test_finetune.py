@@ -120,3 +120,16 @@ def test_everything_may_lie_on_s3(data: tuple[str, str], plain: Path, s3_bucket:
     summary = finetune.run(cfg.model_copy(update={"max_steps": 4}))  # goes on from step 2
     assert summary.model == f"{s3_bucket}/ft/model"
     assert [step for step, _ in checkpoints(cfg.out)] == [2, 4]
+
+
+@pytest.mark.parametrize("train", ["lora", "projector"])
+def test_parts_of_a_model_are_trained_and_written_whole(data: tuple[str, str], tmp_path: Path, train: str) -> None:
+    finetune.run(config(data, tmp_path / "out", train=train, max_steps=2, dtype="bfloat16", accumulate=2))
+    trained, before = load_dam(tmp_path / "out" / "model"), load_dam(CHECKPOINT)
+    assert [n for n, _ in trained.named_parameters()] == [n for n, _ in before.named_parameters()]
+    same = bool(
+        (
+            trained.llm.model.layers[0].self_attn.q_proj.weight == before.llm.model.layers[0].self_attn.q_proj.weight
+        ).all()
+    )
+    assert same == (train == "projector")
