@@ -45,7 +45,7 @@ class Config(BaseModel):
     """Folder for the reports."""
     num_phantoms: int = Field(36, ge=1)
     """Synthetic pictures, beside the real ones that pydicom bundles."""
-    max_new_tokens: int = Field(48, ge=1)
+    max_new_tokens: int = Field(72, ge=1)
     """Longest caption, tokens."""
     short: bool = False
     """A few pictures only, and nothing is killed."""
