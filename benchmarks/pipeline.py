@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("SHARDS", "MODEL"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        with tempfile.TemporaryDirectory() as out, session(object_store_bytes=300_000_000):
+        with tempfile.TemporaryDirectory() as out, session(object_store_bytes=1_500_000_000):
             job(args.one[0], f"{out}/run", args.one[1])
         return
     with tempfile.TemporaryDirectory() as root:

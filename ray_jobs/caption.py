@@ -127,6 +127,8 @@ def read_shards(plan: Plan, shares: Shares) -> Any:
     context = ray.data.DataContext.get_current()
     context.use_datasource_v2 = False  # 2.60's new reader puts 20 small files into one block, for one actor
     context.target_max_block_size = BLOCK_BYTES
+    # Otherwise reading ahead fills what stages share of a small object store, and the others crawl at a tenth.
+    context.op_resource_reservation_ratio = 0.95
     context.checkpoint_config = CheckpointConfig(
         id_column="image_id", checkpoint_path=plan.directory.path("checkpoint", f"attempt={plan.attempt}"),
         override_filesystem=plan.directory.filesystem, delete_checkpoint_on_success=False,
