@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 
 class Config(BaseModel):
@@ -22,6 +22,10 @@ class Config(BaseModel):
     """Runs of `meddam caption` or sets of `meddam curate`; without any, phantoms get captions made from their truth."""
     split: str | None = None
     """Learn from images of this split only."""
+    learn: Literal["captions", "labels"] = "captions"
+    """labels: a first stage for a model from scratch, which learns to see by naming regions' labels (no captions)."""
+    labels: tuple[str, ...] = ()
+    """The labels that are learnt then; by default all with 2 to 32 values."""
     train: Literal["full", "lora", "projector"] = "full"
     """What is trained: all weights, LoRA on the language model (with adapters and projector), or these two only."""
     lora_rank: int = Field(16, ge=1)
@@ -84,3 +88,12 @@ class Config(BaseModel):
     """Threads of torch in each worker, on a CPU."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
+
+    @model_validator(mode="after")
+    def _stage_fits(self) -> Config:
+        if self.learn == "labels" and (self.train != "full" or self.captions or self.eval_shards):
+            raise ValueError("--learn labels trains all of the vision side and reads no captions: leave out --train, "
+                             "--caption and --eval-shard")  # fmt: skip
+        if self.labels and self.learn != "labels":
+            raise ValueError("--label names what --learn labels learns; add it, or leave --label out")
+        return self

@@ -17,11 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from meddam_core import storage
 from meddam_core.training.order import File, Reading, dealt, readings, share
 from ray_jobs.finetune_config import Config
+
+if TYPE_CHECKING:
+    from meddam_core.training.labels import LabelSet
 
 logger = logging.getLogger(__name__)
 
@@ -95,15 +98,29 @@ def _start_model(spec: Spec, world: World) -> Any:
     from meddam_core.dam.checkpoint import load_dam
     from meddam_core.training import tiny
     from meddam_core.training.adapt import adapt
+    from meddam_core.training.labels import learn_labels
 
     cfg = spec.cfg
     if cfg.model == "tiny":
         dam = tiny.new_dam(tiny_captions(cfg), cfg.seed, open_gates=cfg.open_gates).to(world.device)
     else:
         dam = load_dam(cfg.model, device=world.device).train()
-    torch.manual_seed(cfg.seed)  # of LoRA's first weights
+    torch.manual_seed(cfg.seed)  # of LoRA's first weights, and of heads
     adapt(dam, cfg.train, rank=cfg.lora_rank)
+    if cfg.learn == "labels":
+        learn_labels(dam, label_set(cfg))
     return dam
+
+
+@cache
+def label_set(cfg: Config) -> LabelSet:
+    """What is learnt where labels are. Raises ValueError where there is nothing to learn."""
+    from meddam_core.training.data import labels_of_shards
+    from meddam_core.training.labels import LabelSet
+    from ray_jobs.snapshot import shards_below
+
+    uris = [o.uri for uri in cfg.shards for o in shards_below(uri)]
+    return LabelSet.of(labels_of_shards(uris, cfg.split, 5000), cfg.labels)
 
 
 def tiny_captions(cfg: Config) -> list[str]:
@@ -171,6 +188,7 @@ def _collator(dam: Any, spec: Spec) -> Any:
     return Collator(
         dam.tokenizer, dam.config.num_image_tokens, texts, Augmentation(cfg.augment), cfg.seed, swap=cfg.swap,
         look=cfg.view, max_length=dam.config.context_length,
+        codes=label_set(cfg).codes if cfg.learn == "labels" else None,
     )  # fmt: skip
 
 

@@ -24,6 +24,10 @@ from meddam_core.datasets.phantoms.truth import MASS_MM
 from meddam_core.training.examples import Example
 
 
+_AROUND = ("size_mm", "number", "neighbour", "neighbour_direction")
+"""Further facts that belong to the full view."""
+
+
 @cache
 def _pipeline(strength: float) -> Any:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # its import would ask the package index for a newer version
@@ -78,7 +82,8 @@ def swapped(full: Example, focal: Example) -> Example:
     """
     if full.modality != focal.modality or not (may_swap(full) and may_swap(focal)):
         raise ValueError("only lesions of phantoms of one modality can exchange their views")
-    labels = dict(focal.labels) | {k: full.labels[k] for k in (*GLOBAL_FACTS, "size_mm") if k in full.labels}
+    shown = {k: full.labels[k] for k in (*GLOBAL_FACTS, *_AROUND) if k in full.labels}
+    labels = {k: v for k, v in focal.labels.items() if k not in _AROUND} | shown
     labels["finding"] = _finding(labels)
     views_8SS = np.concatenate([full.views_8SS[:4], focal.views_8SS[4:]])
     return Example(

@@ -13,7 +13,7 @@ Axes: B examples, L positions of the merged sequence (padded), 8 channels, S pix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,13 +41,17 @@ class Batch:
     """Token ids; IMAGE_TOKEN_ID where an image token stands, 0 in the padding."""
     targets_BL: Tensor
     """The id that follows each position; IGNORED where none is to be learnt."""
+    codes_BK: Tensor | None = None
+    """Where labels are learnt instead of captions: the number of each label's value, or IGNORED."""
 
     @property
     def num_targets(self) -> int:
-        return int((self.targets_BL != IGNORED).sum())
+        learnt = self.targets_BL if self.codes_BK is None else self.codes_BK
+        return int((learnt != IGNORED).sum())
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(t.to(device, non_blocking=True) for t in (self.views_B8SS, self.ids_BL, self.targets_BL)))
+        parts = (self.views_B8SS, self.ids_BL, self.targets_BL, self.codes_BK)
+        return Batch(*(None if t is None else t.to(device, non_blocking=True) for t in parts))  # type: ignore[arg-type]
 
 
 class Collator:
@@ -62,23 +66,30 @@ class Collator:
         swap: share of presentations in which the full view is another example's (see `augment.swapped`).
         look: what the model sees of the views (see `looks`).
         max_length: positions that prompt, image and caption may take; longer captions are cut.
+        codes: of an example's labels, where these are learnt instead of captions (see `labels.LabelSet`).
     """
 
     def __init__(
         self, tokenizer: Tokenizer, num_image_tokens: int, texts: Texts, augmentation: Augmentation, seed: int,
         *, swap: float = 0.0, look: Look = "both", max_length: int = 4096,
+        codes: Callable[[Mapping[str, str]], list[int]] | None = None,
     ) -> None:  # fmt: skip
         if swap and texts.source != "truth":
             raise ValueError("views can only be swapped where captions are made from the truth of phantoms")
         self._tokenizer, self._num_image_tokens, self._texts = tokenizer, num_image_tokens, texts
         self._augmentation, self._seed, self._swap, self._max_length = augmentation, seed, swap, max_length
         self._look: Look = look
+        self._codes = codes
         self._prompts: dict[str, list[int]] = {}
 
     def __call__(self, examples: Sequence[Example], presentation: int) -> Batch:
         """`presentation` is how often the examples were shown before."""
-        shown = [self._shown(e, examples, presentation) for e in examples]
-        rows = [self._row(query, caption) for _, query, caption in shown]
+        drawn = [self._drawn(e, examples, presentation) for e in examples]
+        views_B8SS = torch.from_numpy(np.stack([views for _, views, _ in drawn]))
+        if self._codes is not None:
+            nothing = torch.zeros(len(drawn), 0, dtype=torch.int64)
+            return Batch(views_B8SS, nothing, nothing, torch.tensor([self._codes(e.labels) for e, _, _ in drawn]))
+        rows = [self._row(*self._texts.choose(e, rng)) for e, _, rng in drawn]
         length = max(len(ids) for ids, _ in rows)
         ids_BL = torch.zeros(len(rows), length, dtype=torch.int64)
         targets_BL = torch.full((len(rows), length), IGNORED)
@@ -86,17 +97,17 @@ class Collator:
             row = torch.tensor(ids)
             ids_BL[i, : len(ids)] = row
             targets_BL[i, num_given - 1 : len(ids) - 1] = row[num_given:]
-        return Batch(torch.from_numpy(np.stack([views for views, _, _ in shown])), ids_BL, targets_BL)
+        return Batch(views_B8SS, ids_BL, targets_BL)
 
-    def _shown(
+    def _drawn(
         self, example: Example, others: Sequence[Example], presentation: int
-    ) -> tuple[NDArray[np.uint8], str, str]:
+    ) -> tuple[Example, NDArray[np.uint8], np.random.Generator]:
+        """The example, or one that was made of it; its views as they are shown; the stream that goes on to its words."""
         rng = np.random.default_rng([self._seed, example.region_id, presentation])
         if self._swap and rng.random() < self._swap and may_swap(example):
             partners = [o for o in others if o.modality == example.modality and may_swap(o)]
             example = swapped(partners[int(rng.integers(len(partners)))], example)
-        query, caption = self._texts.choose(example, rng)
-        return seen(self._augmentation(example.views_8SS, rng), self._look), query, caption
+        return example, seen(self._augmentation(example.views_8SS, rng), self._look), rng
 
     def _row(self, query: str, caption: str) -> tuple[list[int], int]:
         """(ids, how many of them are given)."""

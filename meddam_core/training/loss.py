@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from meddam_core.dam.model import Dam
 from meddam_core.dam.tokens import IMAGE_TOKEN_ID
 from meddam_core.training.batch import IGNORED, Batch
+from meddam_core.training.labels import labels_loss
 
 
 class CaptionLoss(nn.Module):
@@ -32,13 +33,14 @@ class CaptionLoss(nn.Module):
         self._autocast = autocast
         if checkpointing:
             for layer in [*dam.llm.layers(), *dam.vision_tower.vision_model.encoder.layers]:
-                _recompute(layer)
+                _recompute(layer, autocast)
 
     def forward(self, batch: Batch) -> Tensor:
-        """The summed loss of a batch, float32 scalar."""
+        """The summed loss of a batch, of captions or of labels, float32 scalar."""
         device = self.dam.device
-        with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None), _attention(device):
-            return caption_loss(self.dam, batch.to(device))
+        with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None), _attention(device, self._autocast):
+            loss = caption_loss if batch.codes_BK is None else labels_loss
+            return loss(self.dam, batch.to(device))
 
 
 def caption_loss(dam: Dam, batch: Batch) -> Tensor:
@@ -53,19 +55,19 @@ def caption_loss(dam: Dam, batch: Batch) -> Tensor:
     return F.cross_entropy(logits_NV.float(), batch.targets_BL[learnt_BL], reduction="sum")
 
 
-def _attention(device: torch.device) -> AbstractContextManager[None]:
-    """On a CPU the composed kernel: the fused one's backward pass takes three times as long in bfloat16."""
-    return sdpa_kernel(SDPBackend.MATH if device.type == "cpu" else [
-        SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
-    ])  # fmt: skip
+def _attention(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager[None]:
+    """In bfloat16 on a CPU the composed kernel: the fused one's backward pass takes three times as long there."""
+    if device.type == "cpu" and dtype is torch.bfloat16:
+        return sdpa_kernel(SDPBackend.MATH)
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
-def _recompute(layer: nn.Module) -> None:
+def _recompute(layer: nn.Module, dtype: torch.dtype | None) -> None:
     """Makes a layer keep only its inputs for the backward pass, and compute the rest again."""
     forward = layer.forward
 
     def same_kernels(*args: object) -> object:
-        with _attention(next(layer.parameters()).device):  # the backward pass is outside the module's own choice
+        with _attention(next(layer.parameters()).device, dtype):  # the backward pass is outside the module's own choice
             return forward(*args)
 
     def recomputed(*args: object) -> object:

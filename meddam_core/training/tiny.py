@@ -19,6 +19,8 @@ from meddam_core.training.vocabulary import prompt_lines, train_tokenizer
 
 VIEW_SIZE = 128
 VOCABULARY = 640
+MASK_STRENGTH = 3.0
+"""Of a wholly marked patch, beside pixels and positions of about a half."""
 _EXPERTS = ("", "-chest-film", "-lung-ct", "-dermatology")
 
 PROMPTS = ("dam-default", *(f"meddam-v1{expert}+{length}" for expert in _EXPERTS for length in LENGTHS))
@@ -26,16 +28,16 @@ PROMPTS = ("dam-default", *(f"meddam-v1{expert}+{length}" for expert in _EXPERTS
 
 
 def tiny_config(vocab_size: int) -> DamConfig:
-    """About four million parameters."""
+    """About three and a half million parameters."""
     return DamConfig(
         llm=LlmConfig(
             vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_layers=3, num_heads=6, num_kv_heads=6,
             eos_token_ids=(2,), max_position_embeddings=512, tokenizer_model_max_length=512,
         ),
         vision=VisionConfig(
-            hidden_size=160, intermediate_size=640, num_layers=4, num_heads=5, image_size=VIEW_SIZE, patch_size=16
+            hidden_size=128, intermediate_size=512, num_layers=4, num_heads=4, image_size=VIEW_SIZE, patch_size=16
         ),
-        context=ContextConfig(num_layers=4, num_heads=5, intermediate_size=320, patch_size=16),
+        context=ContextConfig(num_layers=4, num_heads=4, intermediate_size=256, patch_size=16),
         view=ViewConfig(size=VIEW_SIZE),
         select_layer=-1,
     )  # fmt: skip
@@ -62,10 +64,13 @@ def start_small(name: str, parameter: torch.Tensor) -> None:
     """First weights to learn from: random_dam's are for showing every part of a network at work.
 
     Positions start as waves over the grid, about as strong as the patches they are added to. Drawn at random and weak,
-    as usual, they took hundreds of steps to show at all, and places were learnt last.
+    as usual, they took hundreds of steps to show at all, and places were learnt last. A marked patch starts to stand
+    out of its picture, so that attention finds it.
     """
     if name.endswith("position_embedding.weight"):
         parameter.copy_(grid_waves(int(parameter.shape[0] ** 0.5), parameter.shape[1]))
+    elif name.endswith("mask_patch_embedding.weight"):
+        parameter.copy_(MASK_STRENGTH * marked(parameter))
     elif name.endswith("embed_tokens.weight"):
         parameter.mul_(0.02)
     elif name.endswith("lm_head.weight"):
@@ -76,6 +81,12 @@ def start_small(name: str, parameter: torch.Tensor) -> None:
         parameter.fill_(1.0)
     elif name.endswith(("o_proj.weight", "out_proj.weight", "down_proj.weight", "fc2.weight")):
         parameter.mul_(0.3)  # what is added to the residual stream starts small
+
+
+def marked(parameter: torch.Tensor) -> torch.Tensor:
+    """(C, 1, P, P): one direction of the embedding, the same for every pixel: how much of a patch the mask covers."""
+    direction = parameter.mean(dim=(1, 2, 3), keepdim=True)  # of random weights: random, too
+    return (direction / direction.std() / parameter[0].numel()).expand_as(parameter)
 
 
 def grid_waves(grid: int, size: int) -> torch.Tensor:

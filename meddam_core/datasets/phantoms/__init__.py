@@ -25,7 +25,7 @@ from meddam_core.regions.masks import rle_of
 
 __all__ = ["KINDS", "VERSION", "Options", "Phantom", "Phantoms", "make_phantom", "make_second"]
 
-VERSION = "1"
+VERSION = "2"
 """Of the generator's meaning; a new one gives other pictures for the same seed."""
 
 

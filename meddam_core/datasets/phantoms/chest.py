@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddam_core.datasets.phantoms.outline import Float, Rng
-from meddam_core.datasets.phantoms.scene import Field, Form, Look
+from meddam_core.datasets.phantoms.scene import Field, Form, Look, clearly_in_a_third
 from meddam_core.datasets.phantoms.texture import blur, branches, cloud, coordinates, enlarged, noise, step, strokes
 
 DISTRACTOR = "electrode"
@@ -53,7 +53,8 @@ class Thorax:
         def inside(x: float, y: float, radius: float) -> bool:
             xs = ((x + 0.75 * radius * np.cos(ring)) / self.size).astype(np.float32)
             ys = ((y + 0.75 * radius * np.sin(ring)) / self.size).astype(np.float32)
-            return any(bool((self.lung(xs, ys, side) > 0).mean() > 0.9) for side in (-1, 1))
+            lies = any(bool((self.lung(xs, ys, side) > 0).mean() > 0.9) for side in (-1, 1))
+            return lies and clearly_in_a_third(self.thirds(y))
 
         return Field(
             size=self.size, width_px=2 * self.half * self.size, inside=inside, spacing_mm=self.spacing_mm
@@ -65,17 +66,21 @@ class Thorax:
 
     def zone(self, y: float) -> str:
         """Upper, middle or lower third of the lungs."""
-        share = (y / self.size - self.top) / (0.9 * (self.bottom - self.top))
-        return ("upper", "middle", "lower")[int(np.clip(share * 3, 0, 2))]
+        return ("upper", "middle", "lower")[int(np.clip(self.thirds(y), 0, 2))]
+
+    def thirds(self, y: float) -> float:
+        """How far down the lungs, 0 to 3."""
+        return 3 * (y / self.size - self.top) / (0.9 * (self.bottom - self.top))
 
 
 def draw_thorax(rng: Rng, size: int) -> Thorax:
     """A patient."""
     half = float(rng.uniform(0.34, 0.41))
+    width_mm = float(rng.uniform(246, 286))  # so that nodules end and masses begin between two classes of size
     top = float(rng.uniform(0.15, 0.18))
     return Thorax(
         size=size, cx=float(rng.uniform(0.48, 0.52)), half=half, top=top, bottom=top + float(rng.uniform(0.66, 0.70)),
-        heart=float(rng.uniform(0.85, 1.12)), spacing_mm=float(rng.uniform(0.30, 0.38) * 1024 / size),
+        heart=float(rng.uniform(0.85, 1.12)), spacing_mm=width_mm / (2 * half * size),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddam_core.datasets.phantoms.outline import Bool, Float, Rng
-from meddam_core.datasets.phantoms.scene import Field, Form, Look
+from meddam_core.datasets.phantoms.scene import Field, Form, Look, clearly_in_a_third
 from meddam_core.datasets.phantoms.texture import blur, branches, cloud, coordinates, enlarged, noise, step, strokes
 
 DISTRACTOR = "vessel"
@@ -58,7 +58,8 @@ class Slice:
         def inside(x: float, y: float, radius: float) -> bool:
             xs = ((x + 0.85 * radius * np.cos(ring)) / self.size).astype(np.float32)
             ys = ((y + 0.85 * radius * np.sin(ring)) / self.size).astype(np.float32)
-            return any(bool((self.lung(xs, ys, side) > 0).mean() > 0.9) for side in (-1, 1))
+            lies = any(bool((self.lung(xs, ys, side) > 0).mean() > 0.9) for side in (-1, 1))
+            return lies and clearly_in_a_third(self.thirds(y))
 
         return Field(
             size=self.size, width_px=2 * self.half * self.size, inside=inside, spacing_mm=self.spacing_mm
@@ -70,16 +71,21 @@ class Slice:
 
     def zone(self, y: float) -> str:
         """Anterior, middle or posterior third of the lungs."""
-        share = (y / self.size - self.cy) / (self.half * self.flat * 0.80)
-        return ("anterior", "middle", "posterior")[int(np.clip((share + 1) * 1.5, 0, 2))]
+        return ("anterior", "middle", "posterior")[int(np.clip(self.thirds(y), 0, 2))]
+
+    def thirds(self, y: float) -> float:
+        """How far back in the lungs, 0 to 3."""
+        return 1.5 * ((y / self.size - self.cy) / (self.half * self.flat * 0.80) + 1)
 
 
 def draw_slice(rng: Rng, size: int) -> Slice:
     """A patient."""
+    half = float(rng.uniform(0.41, 0.455))
+    width_mm = float(rng.uniform(246, 286))  # so that nodules end and masses begin between two classes of size
     return Slice(
         size=size, cx=float(rng.uniform(0.49, 0.51)), cy=float(rng.uniform(0.49, 0.51)),
-        half=float(rng.uniform(0.41, 0.455)), flat=float(rng.uniform(0.74, 0.82)), heart=float(rng.uniform(0.8, 1.1)),
-        spacing_mm=float(rng.uniform(0.28, 0.38) * 1024 / size),
+        half=half, flat=float(rng.uniform(0.74, 0.82)), heart=float(rng.uniform(0.8, 1.1)),
+        spacing_mm=width_mm / (2 * half * size),
     )  # fmt: skip
 
 

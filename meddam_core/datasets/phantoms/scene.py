@@ -8,7 +8,8 @@ Everything a caption may say is decided here: truth is known by construction. Fa
 - only the mask shows: which of two interlocking twins is meant, core or halo; their boxes are equal.
 
 Invariants: a lesion's outline is at least MIN_SIDE_PX on each side; three times its box lies inside the canvas, so that
-no crop is clipped (a clipped crop would give the position away); lesions do not overlap.
+no crop is clipped (a clipped crop would give the position away); lesions do not overlap. No truth is a matter of a pixel:
+sizes leave gaps between their classes, places keep off the borders between their names, and limits in mm lie in the gaps.
 """
 
 from __future__ import annotations
@@ -93,6 +94,11 @@ class Field:
     inside: Callable[[float, float, float], bool]
     """(x, y, radius) -> whether a lesion of that radius may lie there."""
     spacing_mm: float
+
+
+def clearly_in_a_third(thirds: float) -> bool:
+    """Whether a place, counted in thirds (0 to 3), is no nearer than a tenth of a third to where its name changes."""
+    return min(abs(thirds - 1), abs(thirds - 2)) >= 0.1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

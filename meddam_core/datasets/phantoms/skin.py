@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from meddam_core.datasets.phantoms.outline import Float, Outline, Rng
-from meddam_core.datasets.phantoms.scene import Field, Form, Look
+from meddam_core.datasets.phantoms.scene import Field, Form, Look, clearly_in_a_third
 from meddam_core.datasets.phantoms.texture import blur, cloud, enlarged, noise, step, strokes
 
 DISTRACTOR = "ink mark"
@@ -44,9 +44,11 @@ class Patch:
 
     def field(self) -> Field:
         """Lesions lie anywhere. Sizes are relative to 72 % of the picture's width, as those of a thorax in its film."""
-        return Field(
-            size=self.size, width_px=0.72 * self.size, inside=lambda x, y, radius: True, spacing_mm=self.spacing_mm
-        )
+
+        def inside(x: float, y: float, radius: float) -> bool:
+            return clearly_in_a_third(3 * x / self.size) and clearly_in_a_third(3 * y / self.size)
+
+        return Field(size=self.size, width_px=0.72 * self.size, inside=inside, spacing_mm=self.spacing_mm)
 
     def horizontal(self, x: float) -> str:
         """Third of the picture."""
@@ -63,7 +65,7 @@ def draw_patch(rng: Rng, size: int) -> Patch:
     angle = float(rng.uniform(0, 2 * np.pi))
     return Patch(
         size=size, tone=(float(tone[0]), float(tone[1]), float(tone[2])), light=(np.cos(angle), np.sin(angle)),
-        hairs=int(rng.choice((0, 0, 12, 30))), spacing_mm=float(rng.uniform(0.09, 0.13) * 1024 / size),
+        hairs=int(rng.choice((0, 0, 12, 30))), spacing_mm=float(rng.uniform(0.111, 0.130) * 1024 / size),
     )  # fmt: skip
 
 
