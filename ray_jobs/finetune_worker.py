@@ -151,7 +151,7 @@ def _make_trainer(dam: Any, cfg: Config, world: World) -> Any:
     settings = Settings(
         schedule=Schedule(
             learning_rate=cfg.learning_rate, warmup_steps=cfg.warmup_steps, max_steps=cfg.max_steps,
-            weight_decay=cfg.weight_decay,
+            weight_decay=cfg.weight_decay, gate_scale=cfg.gate_rate,
         ),
         max_grad_norm=cfg.max_grad_norm, checkpointing=cfg.checkpointing,
         autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,

@@ -23,7 +23,6 @@ from meddam_core.datasets.phantoms.skin import PAPULE_MM
 from meddam_core.datasets.phantoms.truth import MASS_MM
 from meddam_core.training.examples import Example
 
-
 _AROUND = ("size_mm", "number", "neighbour", "neighbour_direction")
 """Further facts that belong to the full view."""
 

@@ -102,7 +102,7 @@ class Collator:
     def _drawn(
         self, example: Example, others: Sequence[Example], presentation: int
     ) -> tuple[Example, NDArray[np.uint8], np.random.Generator]:
-        """The example, or one that was made of it; its views as they are shown; the stream that goes on to its words."""
+        """The example, or one that was made of it; its views as they are shown; the stream for its words."""
         rng = np.random.default_rng([self._seed, example.region_id, presentation])
         if self._swap and rng.random() < self._swap and may_swap(example):
             partners = [o for o in others if o.modality == example.modality and may_swap(o)]

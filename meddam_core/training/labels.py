@@ -4,10 +4,10 @@
     learn_labels(dam, facts)                       # the language model rests; one head a label is added
     labels_loss(dam, batch)                        # summed over labels
 
-DAM's vision comes from years of pictures. A small model from scratch has none, and captions alone teach it slowly: where
-to look is one word of forty, and the language model must learn to read at the same time. A head a label on the mean
-of the projected tokens says it directly. The heads are left out of the checkpoint; what was seen stays in the tower,
-adapters and projector.
+DAM's vision comes from years of pictures. A small model from scratch has none, and captions alone teach it slowly:
+where to look is one word of forty, and the language model must learn to read at the same time. A head for each label, on the
+mean of the projected tokens, says it directly. The heads are left out of the checkpoint; what was seen stays in the
+tower, the adapters and the projector.
 
 Axes: B examples, T image tokens, D hidden size, K labels.
 """

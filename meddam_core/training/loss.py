@@ -38,7 +38,10 @@ class CaptionLoss(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """The summed loss of a batch, of captions or of labels, float32 scalar."""
         device = self.dam.device
-        with torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None), _attention(device, self._autocast):
+        with (
+            torch.autocast(device.type, dtype=self._autocast, enabled=self._autocast is not None),
+            _attention(device, self._autocast),
+        ):
             loss = caption_loss if batch.codes_BK is None else labels_loss
             return loss(self.dam, batch.to(device))
 

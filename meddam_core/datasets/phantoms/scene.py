@@ -8,8 +8,9 @@ Everything a caption may say is decided here: truth is known by construction. Fa
 - only the mask shows: which of two interlocking twins is meant, core or halo; their boxes are equal.
 
 Invariants: a lesion's outline is at least MIN_SIDE_PX on each side; three times its box lies inside the canvas, so that
-no crop is clipped (a clipped crop would give the position away); lesions do not overlap. No truth is a matter of a pixel:
-sizes leave gaps between their classes, places keep off the borders between their names, and limits in mm lie in the gaps.
+no crop is clipped (a clipped crop would give the position away); lesions do not overlap. No truth is a matter of a
+pixel: sizes leave gaps between their classes, places keep off the borders between their names, and limits in mm lie in
+the gaps.
 """
 
 from __future__ import annotations
