@@ -5,9 +5,9 @@
     labels_loss(dam, batch)                        # summed over labels
 
 DAM's vision comes from years of pictures. A small model from scratch has none, and captions alone teach it slowly:
-where to look is one word of forty, and the language model must learn to read at the same time. A head for each label, on the
-mean of the projected tokens, says it directly. The heads are left out of the checkpoint; what was seen stays in the
-tower, the adapters and the projector.
+where to look is one word of forty, and the language model must learn to read at the same time. A head for each label,
+on the mean of the projected tokens, says it directly. The heads are left out of the checkpoint; what was seen stays in
+the tower, the adapters and the projector.
 
 Axes: B examples, T image tokens, D hidden size, K labels.
 """
