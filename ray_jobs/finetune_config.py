@@ -26,8 +26,9 @@ class Config(BaseModel):
     """labels: a first stage for a model from scratch, which learns to see by naming regions' labels (no captions)."""
     labels: tuple[str, ...] = ()
     """The labels that are learnt then; by default all with 2 to 32 values."""
-    train: Literal["full", "lora", "projector"] = "full"
-    """What is trained: all weights, LoRA on the language model (with adapters and projector), or these two only."""
+    train: Literal["full", "lora", "language", "projector"] = "full"
+    """What is trained: all; LoRA on the language model, with adapters and projector; the language model and the
+    projector; adapters and projector only."""
     lora_rank: int = Field(16, ge=1)
     """Rank of the LoRA matrices."""
     prompts: tuple[str, ...] = ("meddam-v1",)

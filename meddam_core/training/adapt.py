@@ -1,4 +1,5 @@
-"""What is trained: everything, LoRA on the language model, or the adapters and projector only.
+"""What is trained: everything, LoRA on the language model, the language model beside its projector, or the adapters and
+projector only.
 
     adapt(dam, "lora", rank=16)        # before training
     merge_lora(dam)                    # before writing: the official layout has no LoRA
@@ -9,13 +10,13 @@ pooling head) are never trained, so that they leave as they came.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from meddam_core.dam.model import Dam
 
-Mode = Literal["full", "lora", "projector"]
+Mode = Literal["full", "lora", "language", "projector"]
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -24,16 +25,19 @@ def adapt(dam: Dam, mode: Mode, *, rank: int = 16, alpha: int | None = None) -> 
 
     Raises ValueError for an unknown mode.
     """
+    if mode not in get_args(Mode):
+        raise ValueError(f"there is no way of training {mode!r}; use one of {', '.join(get_args(Mode))}")
     dam.requires_grad_(mode == "full")
     if mode == "lora":
         from peft import LoraConfig, inject_adapter_in_model
 
         config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=LORA_TARGETS, lora_dropout=0.0)
         inject_adapter_in_model(config, dam.llm)
-    elif mode not in ("full", "projector"):
-        raise ValueError(f"there is no way of training {mode!r}; use full, lora or projector")
-    if mode in ("lora", "projector"):
+    if mode == "language":
+        dam.llm.requires_grad_(True)
+    if mode != "full":
         dam.mm_projector.requires_grad_(True)
+    if mode in ("lora", "projector"):
         dam.context_provider.requires_grad_(True)
     for module in dead_modules(dam):
         module.requires_grad_(False)

@@ -122,7 +122,7 @@ def test_everything_may_lie_on_s3(data: tuple[str, str], plain: Path, s3_bucket:
     assert [step for step, _ in checkpoints(cfg.out)] == [2, 4]
 
 
-@pytest.mark.parametrize("train", ["lora", "projector"])
+@pytest.mark.parametrize("train", ["lora", "language", "projector"])
 def test_parts_of_a_model_are_trained_and_written_whole(data: tuple[str, str], tmp_path: Path, train: str) -> None:
     finetune.run(config(data, tmp_path / "out", train=train, max_steps=2, dtype="bfloat16", accumulate=2))
     trained, before = load_dam(tmp_path / "out" / "model"), load_dam(CHECKPOINT)
