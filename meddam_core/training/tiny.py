@@ -20,7 +20,7 @@ from meddam_core.training.vocabulary import prompt_lines, train_tokenizer
 VIEW_SIZE = 128
 VOCABULARY = 640
 MASK_STRENGTH = 3.0
-"""Of a wholly marked patch, beside pixels and positions of about a half."""
+"""Of a wholly marked patch, beside positions of about 1 and pixels of about a quarter."""
 _EXPERTS = ("", "-chest-film", "-lung-ct", "-dermatology")
 
 PROMPTS = ("dam-default", *(f"meddam-v1{expert}+{length}" for expert in _EXPERTS for length in LENGTHS))
@@ -63,9 +63,9 @@ def new_dam(captions: Sequence[str], seed: int, *, open_gates: float = 0.0) -> D
 def start_small(name: str, parameter: torch.Tensor, seed: int = 0) -> None:
     """First weights to learn from: random_dam's are for showing every part of a network at work.
 
-    Positions start as waves over the grid, about as strong as the patches they are added to. Drawn at random and weak,
-    as usual, they took hundreds of steps to show at all, and places were learnt last. A marked patch starts to stand
-    out of its picture, so that attention finds it.
+    Positions start as waves over the grid and well above the pixels; a marked patch starts above both, so that attention
+    finds it and reads its place. With positions as weak as pixels, sides took four times the steps, or were not learnt.
+    Patches start as a transform that evens out fine and coarse: of random weights each sees little but a patch's mean.
     """
     if name.endswith("position_embedding.weight"):
         parameter.copy_(grid_waves(int(parameter.shape[0] ** 0.5), parameter.shape[1]))
@@ -99,9 +99,9 @@ def even_patches(num_channels: int, side: int, seed: int) -> torch.Tensor:
         torch.nn.functional.normalize(torch.tensor(c), dim=0) for c in ((1.0, 1, 1), (1.0, -1, 0), (1.0, 1, -2))
     )
     num_grey = num_channels * 4 // 5
-    chosen = [(grey, at, 0.1 if at == (0, 0) else 0.4 * (1 + sum(at))) for at in coarse_first[:num_grey]]
+    chosen = [(grey, at, 0.1 if at == (0, 0) else 0.125 * (1 + sum(at))) for at in coarse_first[:num_grey]]
     chosen += [
-        ((red_green, blue_yellow)[i % 2], at, 0.4 if at == (0, 0) else 0.8 * (1 + sum(at)))
+        ((red_green, blue_yellow)[i % 2], at, 0.4 if at == (0, 0) else 0.25 * (1 + sum(at)))
         for i, at in enumerate(a for a in coarse_first for _ in range(2))
     ][: num_channels - num_grey]
     rows = [gain * colour[:, None, None] * torch.outer(waves_PP[u], waves_PP[v]) for colour, (u, v), gain in chosen]
@@ -125,4 +125,4 @@ def grid_waves(grid: int, size: int) -> torch.Tensor:
     waves = torch.nn.functional.pad(waves, (0, size // 2 - waves.shape[1]))
     rows = waves[:, None].expand(grid, grid, -1)
     columns = waves[None].expand(grid, grid, -1)
-    return 0.5 * torch.nn.functional.pad(torch.cat([rows, columns], -1), (0, size % 2)).reshape(grid * grid, size)
+    return torch.nn.functional.pad(torch.cat([rows, columns], -1), (0, size % 2)).reshape(grid * grid, size)
