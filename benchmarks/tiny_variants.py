@@ -2,8 +2,9 @@
 
     python -m benchmarks.tiny_variants phantoms/neutral phantoms/anatomy --out variants --seeds 2
 
-The phantoms are those of docs/training.md. Each variant goes through the three stages of the packaged model (labels, language, all), shortened. Trained models are
-kept: run again, it goes on where it stopped. `both` sees what a DAM sees; the others see one view twice, or no mask.
+The phantoms are those of docs/training.md. Each variant goes through the three stages of the packaged model (labels,
+language, all), shortened. Trained models are kept: run again, it goes on where it stopped. `both` sees what a DAM sees;
+the others see one view twice, or no mask.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ def stages(shards: list[str], out: Path, look: Look, seed: int, steps: tuple[int
     """The three runs of one variant; the model of each is what the next begins with."""
     shared: dict[str, Any] = {
         "shards": tuple(shards), "view": look, "seed": seed, "swap": 0.3, "augment": 0.5, "batch_size": 16,
-        "dtype": "float32", "num_threads": 1, "num_workers": 0, "cache_views": True, "gate_rate": 0.2,
+        "dtype": "float32", "num_threads": 1, "num_workers": 0, "cache_views": True, "gate_rate": 1.0,
         "prompts": PROMPTS, "warmup_steps": 50, "log_every": 50, "checkpoint_every": 250,
     }  # fmt: skip
     see, speak, both = (str(out / name) for name in ("see", "speak", "both"))
     return [
-        Config(**shared, out=see, model="tiny", learn="labels", labels=LABELS, open_gates=1.0, learning_rate=1.5e-3,
+        Config(**shared, out=see, model="tiny", learn="labels", labels=LABELS, open_gates=1.0, learning_rate=1e-3,
                max_steps=steps[0]),
         Config(**shared, out=speak, model=f"{see}/model", train="language", learning_rate=1e-3, max_steps=steps[1]),
         Config(**shared, out=both, model=f"{speak}/model", learning_rate=5e-4, max_steps=steps[2]),

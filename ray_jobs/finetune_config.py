@@ -62,7 +62,7 @@ class Config(BaseModel):
     cache_views: bool = False
     """Prepare views once, under OUT/views, where rendering would take longer than learning."""
     gate_rate: float = Field(5.0, ge=0)
-    """How many times as fast as the rest the adapters' gates learn. From scratch with open gates take 0.2: quick gates
+    """How many times as fast as the rest the adapters' gates learn. From scratch with open gates take 1: quick gates
     close again while the full view says nothing yet."""
     open_gates: float = 0.0
     """What the gates of a model from scratch start at; those of a checkpoint stay as they are."""

@@ -63,8 +63,8 @@ def new_dam(captions: Sequence[str], seed: int, *, open_gates: float = 0.0) -> D
 def start_small(name: str, parameter: torch.Tensor, seed: int = 0) -> None:
     """First weights to learn from: random_dam's are for showing every part of a network at work.
 
-    Positions start as waves over the grid and well above the pixels; a marked patch starts above both, so that attention
-    finds it and reads its place. With positions as weak as pixels, sides took four times the steps, or were not learnt.
+    Positions start as waves over the grid and well above the pixels; a marked patch starts above both, so that
+    attention finds it and reads its place. With positions as weak as pixels, sides took four times the steps.
     Patches start as a transform that evens out fine and coarse: of random weights each sees little but a patch's mean.
     """
     if name.endswith("position_embedding.weight"):
