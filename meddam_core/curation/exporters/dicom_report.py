@@ -68,7 +68,7 @@ def _secondary_capture(item: Item) -> Any:
     first = item.captions[0]
     assert item.picture_HWC is not None
     spacing = first.pixel_spacing_mm
-    return SCImage(
+    image = SCImage(
         pixel_array=np.ascontiguousarray(item.picture_HWC), photometric_interpretation="RGB", bits_allocated=8,
         coordinate_system="PATIENT", study_instance_uid=_uid(item.name, "study"), series_number=1,
         series_instance_uid=_uid(item.name, "series"), sop_instance_uid=_uid(item.name, "image"), instance_number=1,
@@ -76,6 +76,9 @@ def _secondary_capture(item: Item) -> Any:
         patient_orientation=("L", "F"),
         pixel_spacing=None if spacing is None else (spacing[0], spacing[1]),
     )  # fmt: skip
+    image.PatientOrientation = None  # captions do not say how the picture lies, and highdicom asks for something
+    image.Laterality = None
+    return image
 
 
 def _mask(caption: Caption) -> NDArray[np.uint8]:
@@ -102,7 +105,7 @@ def _segmentation(image: Any, captions: Sequence[Caption]) -> Any:
     known = captions[0].pixel_spacing_mm
     spacing = (1.0, 1.0) if known is None else (float(known[0]), float(known[1]))
     masks_1HWR = np.stack([_mask(c) for c in captions], axis=-1)[None]
-    return Segmentation(
+    segmentation = Segmentation(
         source_images=[image], pixel_array=masks_1HWR, segmentation_type="BINARY", segment_descriptions=described,
         series_instance_uid=_uid(image.SOPInstanceUID, "seg-series"), series_number=2,
         sop_instance_uid=_uid(image.SOPInstanceUID, "seg"), instance_number=1, manufacturer=_MANUFACTURER,
@@ -110,6 +113,8 @@ def _segmentation(image: Any, captions: Sequence[Caption]) -> Any:
         omit_empty_frames=False,
         pixel_measures=PixelMeasuresSequence(pixel_spacing=spacing, slice_thickness=1.0),
     )  # fmt: skip
+    segmentation.PatientOrientation = None
+    return segmentation
 
 
 def _report(image: Any, segmentation: Any, regions: Sequence[Sequence[Caption]], card: Card) -> Any:
@@ -143,6 +148,7 @@ def _report(image: Any, segmentation: Any, regions: Sequence[Sequence[Caption]],
             referenced_segment=ReferencedSegmentationFrame.from_segmentation(segmentation, segment_number=number),
             finding_type=codes.SCT.Lesion,
         )  # fmt: skip
+        _point_once(group[0], segmentation)
         for caption in captions:
             comment = TextContentItem(
                 name=codes.DCM.Comment, value=caption.text or "", relationship_type=RelationshipTypeValues.CONTAINS
@@ -163,3 +169,13 @@ def _report(image: Any, segmentation: Any, regions: Sequence[Sequence[Caption]],
     )  # fmt: skip
     report.SeriesDescription = f"Pseudo-labels, not for diagnosis. {card.licence}"[:64]
     return report
+
+
+def _point_once(group: Any, segmentation: Any) -> None:
+    """A reference names a segmentation's frame or its segment, and no frame of a picture that has one (C.18.4)."""
+    for content in group.ContentSequence:
+        for target in content.get("ReferencedSOPSequence", ()):
+            of_segment = target.ReferencedSOPInstanceUID == segmentation.SOPInstanceUID
+            surplus = "ReferencedSegmentNumber" if of_segment else "ReferencedFrameNumber"
+            if surplus in target:
+                delattr(target, surplus)

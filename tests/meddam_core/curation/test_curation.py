@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -150,13 +152,53 @@ def test_json_and_tar_formats(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "dlc-bench" / "class_names.json").read_text())["1"] == "nodule"
 
 
-def test_dicom_reports_read_back(tmp_path: Path) -> None:
-    highdicom = pytest.importorskip("highdicom")
+@pytest.fixture
+def dicom_folder(tmp_path: Path) -> Path:
+    """One image with two regions, as DICOM files."""
+    pytest.importorskip("highdicom")
     assert FORMATS["dicom"](items()[:1], tmp_path, CARD) == 2
-    folder = next(p for p in tmp_path.iterdir() if p.is_dir())
+    return next(p for p in tmp_path.iterdir() if p.is_dir())
+
+
+def test_dicom_reports_read_back(dicom_folder: Path) -> None:
+    import highdicom
+    import pydicom
+
+    folder, image = dicom_folder, pydicom.dcmread(dicom_folder / "image.dcm")
     report = highdicom.sr.srread(folder / "report.sr.dcm")
     groups = report.content.get_planar_roi_measurement_groups()
     comments = [c.TextValue for g in groups for c in g[0].ContentSequence if c.ValueType == "TEXT"]
     assert len(groups) == 2 and TEXT in comments
+    assert {g.finding_type.meaning for g in groups} == {"Lesion"}
     segmentation = highdicom.seg.segread(folder / "regions.seg.dcm")
     assert segmentation.number_of_segments == 2 and int(segmentation.pixel_array.sum()) == 2 * 20 * 30
+    for number, group in enumerate(groups, start=1):
+        frame = group.referenced_segmentation_frame
+        assert frame[0].referenced_sop_instance_uid == segmentation.SOPInstanceUID
+        assert frame[0].referenced_frame_numbers == [number]
+        assert frame[1].referenced_sop_instance_uid == image.SOPInstanceUID
+    studies = {d.StudyInstanceUID for d in (image, segmentation, report)}
+    named = {i.ReferencedSOPInstanceUID for s in report.CurrentRequestedProcedureEvidenceSequence
+             for series in s.ReferencedSeriesSequence for i in series.ReferencedSOPSequence}  # fmt: skip
+    assert len(studies) == 1 and named == {image.SOPInstanceUID, segmentation.SOPInstanceUID}
+
+
+@pytest.mark.skipif(shutil.which("dsrdump") is None, reason="dcmtk is not installed")
+def test_dcmtk_reads_the_report(dicom_folder: Path) -> None:
+    report = _said("dsrdump", "--print-long-values", "--unknown-relationship", dicom_folder / "report.sr.dcm")
+    assert f'(,,"Comment")="{TEXT}"' in report and report.count('"Referenced Segmentation Frame")=(SG image,,') == 2
+    assert not [line for line in report.splitlines() if line.startswith(("W:", "E:", "F:"))]
+    assert "SegmentationStorage" in _said("dcmdump", dicom_folder / "regions.seg.dcm")
+
+
+@pytest.mark.skipif(shutil.which("dciodvfy") is None, reason="dicom3tools is not installed")
+@pytest.mark.parametrize("name", ["image", "regions.seg", "report.sr"])
+def test_files_keep_the_standard(dicom_folder: Path, name: str) -> None:
+    said = _said("dciodvfy", dicom_folder / f"{name}.dcm")
+    assert not [line for line in said.splitlines() if line.startswith("Error")], said
+
+
+def _said(*command: object) -> str:
+    ended = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return ended.stderr + ended.stdout
