@@ -15,6 +15,8 @@ from meddam_core.datasets.nifti_labels import NiftiLabels
 from meddam_core.datasets.nuclei import Unit
 from meddam_core.datasets.nuinsseg import NuInsSeg
 from meddam_core.datasets.pannuke import PanNuke
+from meddam_core.datasets.phantoms import Options
+from meddam_core.datasets.phantoms.inserted import InsertedPhantoms
 from meddam_core.datasets.skincon import SkinCon
 from meddam_core.datasets.slides import Slides
 from meddam_core.datasets.webdataset import WebDataset
@@ -220,6 +222,36 @@ class WebDatasetConfig(Config):
         return WebDataset(path=self.path, split=self.split)
 
 
+class PhantomsInCtConfig(Config):
+    """Synthetic lesions, whose every fact is known, put into real CT slices that you point to."""
+
+    path: str
+    """Folder of CT slices in DICOM, or a pattern of their names ("/data/*/large/*.dcm"), on S3 or disk."""
+    variants: int = Field(1, ge=1)
+    """Pictures made of each slice."""
+    images_per_shard: int = Field(32, ge=1, le=1 << 20)
+    """Pictures a shard; small, so that painting them is shared out."""
+    phantom_seed: int = Field(0, ge=0)
+    """Another seed gives other lesions."""
+    held_out: float = Field(0.0, ge=0, lt=1)
+    """Share of patients held out, by a hash of the PatientID: split test, the others train."""
+    lesion_free: bool = False
+    """The slices show no lesion of their own: then normal tissue, numbers and neighbours are described too."""
+    max_lesions: int = Field(3, ge=1, le=6)
+    """Lesions a slice, at most."""
+    only: tuple[str, ...] = ()
+    """Draw only lesions of these combinations, such as "margin=spiculated&density=solid"."""
+    without: tuple[str, ...] = ()
+    """Never draw lesions of these combinations."""
+
+    def source(self) -> Source:
+        return InsertedPhantoms(
+            path=self.path, variants=self.variants, seed=self.phantom_seed, held_out=self.held_out,
+            lesion_free=self.lesion_free,
+            options=Options(max_lesions=self.max_lesions, only=self.only, without=self.without),
+        )  # fmt: skip
+
+
 SOURCES: dict[str, tuple[type[Config], tuple[str, ...]]] = {
     **ingest_config.SOURCES,
     "skincon": (SkinConConfig, ("annotations",)),
@@ -232,5 +264,6 @@ SOURCES: dict[str, tuple[type[Config], tuple[str, ...]]] = {
     "nifti-labels": (NiftiLabelsConfig, ("path",)),
     "masks": (MasksConfig, ("path",)),
     "webdataset": (WebDatasetConfig, ("path",)),
+    "phantoms-in-ct": (PhantomsInCtConfig, ("path",)),
 }
 """By the name on the command line: the config and which of its fields are positional."""

@@ -86,7 +86,7 @@ class DicomIndex:
         """Adds every DICOM image below a folder; returns how many. Of two with one UID the first by name counts."""
         num = 0
         for entry in storage.list_objects(folder.rstrip("/") + "/"):
-            header = _header(entry.uri)
+            header = head_of(entry.uri)
             uid = header.text("SOPInstanceUID") if header else None
             rows, columns = (header.integer("Rows"), header.integer("Columns")) if header else (None, None)
             if header is None or uid is None or not rows or not columns:
@@ -154,7 +154,7 @@ def plane_of(header: Header) -> Plane | None:
     )
 
 
-def _header(uri: str) -> Header | None:
+def head_of(uri: str) -> Header | None:
     """A file's header; None for a file that is no DICOM, or broken: should it be referred to, it is missing."""
     fs, path = storage.open_uri(uri)
     with fs.open_input_file(path) as stream:

@@ -235,28 +235,35 @@ def _ct(rng: Rng, options: Options) -> Phantom:
     hu = ct.background(rng, slice_)
     if options.surroundings == "neutral":
         hu = _neutral(scene, hu, np.float32(ct.NEUTRAL) + 20 * noise(rng, options.size, 30))
-    regions: list[PhantomRegion] = []
 
     def places(x: float, y: float) -> dict[str, str]:
         return {"side": slice_.side(x), "zone": slice_.zone(y)}
 
-    for index, lesion in enumerate(scene.lesions):
-        patch = _patch(lesion.x, lesion.y, lesion.outline.reach, options.size)
-        fraction = lesion.outline.fraction(patch.dx, patch.dy)
-        parts = _parts(lesion, patch, fraction, (lesion.look.density or "solid", "ground-glass"))
-        fine = noise(rng, max(fraction.shape), 2.2)[: fraction.shape[0], : fraction.shape[1]]
-        for density, alpha in _layers(lesion, patch, fraction, parts):
-            hu[patch.at] = ct.lesion_layer(lesion.look, density, alpha, fraction, fine, hu[patch.at])
-        regions += _regions(lesion, lesion_truth(scene, index, places), "density", options.size, patch, parts)
-    for thing in scene.things:
-        if thing.kind == "distractor":
-            _crossing_vessel(hu, thing)
-        regions.append(_thing_region(scene, thing, places))
+    regions = paint_ct(rng, hu, scene, places)
     return Phantom(
         kind="ct", scene=scene, stored=ct.stored(ct.grain(rng, hu)), photometric="MONOCHROME2", modality="CT",
         rescale=Rescale(slope=1.0, intercept=-1024.0), window=Window(center=-600.0, width=1500.0, source="header"),
         orientation="L\\P", spacing_mm=slice_.spacing_mm, regions=regions,
     )  # fmt: skip
+
+
+def paint_ct(rng: Rng, hu: Float, scene: Scene, places: Places) -> list[PhantomRegion]:
+    """Paints a scene into a slice, (H, W) square, HU, in place. Returns its regions."""
+    regions: list[PhantomRegion] = []
+    size = hu.shape[0]
+    for index, lesion in enumerate(scene.lesions):
+        patch = _patch(lesion.x, lesion.y, lesion.outline.reach, size)
+        fraction = lesion.outline.fraction(patch.dx, patch.dy)
+        parts = _parts(lesion, patch, fraction, (lesion.look.density or "solid", "ground-glass"))
+        fine = noise(rng, max(fraction.shape), 2.2)[: fraction.shape[0], : fraction.shape[1]]
+        for density, alpha in _layers(lesion, patch, fraction, parts):
+            hu[patch.at] = ct.lesion_layer(lesion.look, density, alpha, fraction, fine, hu[patch.at])
+        regions += _regions(lesion, lesion_truth(scene, index, places), "density", size, patch, parts)
+    for thing in scene.things:
+        if thing.kind == "distractor":
+            _crossing_vessel(hu, thing)
+        regions.append(_thing_region(scene, thing, places))
+    return regions
 
 
 def _crossing_vessel(hu: Float, thing: Thing) -> None:
