@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 FREE = frozenset({
     "out", "max_steps", "learning_rate", "warmup_steps", "checkpoint_every", "keep_checkpoints", "eval_shards",
     "eval_every", "eval_regions", "num_threads", "num_cpus", "log_every", "max_failures", "use_gpu", "checkpointing",
-    "cache_views", "strategy", "batch_size", "accumulate",
+    "cache_views", "strategy", "zero_stage", "batch_size", "accumulate",
 })  # fmt: skip
 """Settings that a resumed run may change: not what is learnt from what. Another batch size deals the data anew."""
 

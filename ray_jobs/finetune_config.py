@@ -72,8 +72,10 @@ class Config(BaseModel):
     """Ray Train workers; 0 trains in this process, without Ray: the plain loop."""
     use_gpu: bool | None = None
     """One GPU a worker; by default where the cluster has one for each."""
-    strategy: Literal["ddp", "zero1"] = "ddp"
-    """How several workers share the work: a copy of everything each, or the optimizer in shares (ZeRO stage 1)."""
+    strategy: Literal["ddp", "zero1", "fsdp", "deepspeed"] = "ddp"
+    """What several workers keep: all of it each; the optimizer in shares (ZeRO 1); all in shares; DeepSpeed's ZeRO."""
+    zero_stage: Literal[2, 3] = 2
+    """Of DeepSpeed: gradients and optimizer in shares, or weights too."""
     max_failures: int = Field(3, ge=0)
     """Lost workers after which the job gives up."""
     log_every: int = Field(20, ge=1)

@@ -14,7 +14,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +25,7 @@ from ray_jobs.finetune_config import Config
 
 if TYPE_CHECKING:
     from meddam_core.training.labels import LabelSet
+    from meddam_core.training.strategies import Strategy
 
 logger = logging.getLogger(__name__)
 
@@ -83,12 +84,15 @@ def train(spec: Spec, world: World) -> dict[str, Any]:
             world.report({k: float(v) for k, v in entry.items()})
             if world.rank == 0:
                 logger.info("step %d of %d: loss %.3f", trainer.step, cfg.max_steps, entry["loss"])
-        if cfg.eval_shards and (trainer.step % cfg.eval_every == 0 or last) and world.rank == 0:
-            curve.append({"step": trainer.step, **_evaluated(dam, cfg)})
+        if cfg.eval_shards and (trainer.step % cfg.eval_every == 0 or last):
+            whole = _whole(trainer, spec, world)
+            if whole is not None:
+                curve.append({"step": trainer.step, **_evaluated(whole, cfg)})
         if trainer.step % cfg.checkpoint_every == 0 or last:
             _checkpoint(trainer, cfg, curve, world)
-    if world.rank == 0:
-        _export(dam, cfg)
+    whole = _whole(trainer, spec, world)
+    if whole is not None:
+        _export(whole, cfg)
     return curve[-1] if curve else {}
 
 
@@ -121,6 +125,20 @@ def label_set(cfg: Config) -> LabelSet:
 
     uris = [o.uri for uri in cfg.shards for o in shards_below(uri)]
     return LabelSet.of(labels_of_shards(uris, cfg.split, 5000), cfg.labels)
+
+
+def _whole(trainer: Any, spec: Spec, world: World) -> Any:
+    """The model with all its weights, on worker 0; None on the others. Where weights are in shares it is a copy."""
+    if trainer.strategy.whole:
+        return trainer.dam if world.rank == 0 else None
+    weights = {name: weight for name, weight in trainer.weights() if world.rank == 0}
+    if world.rank != 0:
+        return None
+    dam = _start_model(spec, replace(world, num_workers=1))
+    keys = dam.load_state_dict(weights, strict=False)
+    tied = dam.config.llm.tie_word_embeddings  # a shared weight comes under one name
+    assert not keys.unexpected_keys and keys.missing_keys in ([], ["llm.lm_head.weight"] if tied else [])
+    return dam
 
 
 def tiny_captions(cfg: Config) -> list[str]:
@@ -156,26 +174,21 @@ def _make_trainer(dam: Any, cfg: Config, world: World) -> Any:
         max_grad_norm=cfg.max_grad_norm, checkpointing=cfg.checkpointing,
         autocast=torch.bfloat16 if cfg.dtype == "bfloat16" else None,
     )  # fmt: skip
-    if world.num_workers == 1:
-        return Trainer(dam, settings)
-    return Trainer(
-        dam, settings, wrap=_data_parallel, all_sum=_all_sum, num_workers=world.num_workers,
-        sharded_optimizer=cfg.strategy == "zero1",
-    )  # fmt: skip
+    return Trainer(dam, settings, _strategy(cfg, world.num_workers))
 
 
-def _data_parallel(module: Any) -> Any:
-    from torch.nn.parallel import DistributedDataParallel
+def _strategy(cfg: Config, num_workers: int) -> Strategy:
+    from meddam_core.training.strategies import DataParallel, FullyShard, Strategy
 
-    # where no focal crop differs from its full view no adapter runs, and its gradient never comes
-    return DistributedDataParallel(module, find_unused_parameters=True)
+    if num_workers == 1:
+        return Strategy()  # there is nothing to share
+    if cfg.strategy == "deepspeed":
+        from meddam_core.training.deepspeed_zero import DeepSpeed
 
-
-def _all_sum(values: Any) -> Any:
-    import torch.distributed as dist
-
-    dist.all_reduce(values)
-    return values
+        return DeepSpeed(num_workers, stage=cfg.zero_stage, num_micro_batches=cfg.accumulate)
+    if cfg.strategy == "fsdp":
+        return FullyShard(num_workers)
+    return DataParallel(num_workers, sharded=cfg.strategy == "zero1")
 
 
 def _collator(dam: Any, spec: Spec) -> Any:
@@ -249,7 +262,7 @@ def _resume(trainer: Any, cfg: Config) -> list[dict[str, Any]]:
 
 
 def _checkpoint(trainer: Any, cfg: Config, curve: Sequence[dict[str, Any]], world: World) -> None:
-    document = trainer.state()  # of all workers, where they share the optimizer
+    document = trainer.state()  # by all workers, because some of it may be in shares
     if world.rank != 0:
         return
     storage.write_bytes(storage.join(cfg.out, CURVE), json.dumps(list(curve), indent=1).encode())

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from meddam_core.dam.model import Dam
 from meddam_core.training.batch import IGNORED, Batch
+from meddam_core.training.encode import encoded
 
 MAX_VALUES = 32
 """Of a label that can be learnt: sizes in mm and the like are no classes."""
@@ -67,10 +68,10 @@ def learn_labels(dam: Dam, facts: LabelSet) -> None:
     dam.llm.requires_grad_(False)
 
 
-def labels_loss(dam: Dam, batch: Batch) -> Tensor:
+def labels_loss(dam: Dam, batch: Batch, *, in_step: bool = False) -> Tensor:
     """Summed cross-entropy of the labels of a batch, float32 scalar."""
     assert batch.codes_BK is not None
-    seen_BD = dam.encode(batch.views_B8SS).mean(dim=1)
+    seen_BD = encoded(dam, batch.views_B8SS, in_step=in_step).mean(dim=1)
     heads = dam.label_heads
     assert isinstance(heads, nn.ModuleList)
     losses = [

@@ -21,16 +21,22 @@ from torch.utils.checkpoint import checkpoint
 from meddam_core.dam.model import Dam
 from meddam_core.dam.tokens import IMAGE_TOKEN_ID
 from meddam_core.training.batch import IGNORED, Batch
+from meddam_core.training.encode import encoded
 from meddam_core.training.labels import labels_loss
 
 
 class CaptionLoss(nn.Module):
-    """A DAM with its loss, as one module, so that data-parallel wrappers can hold it."""
+    """A DAM with its loss, as one module, so that data-parallel wrappers can hold it.
 
-    def __init__(self, dam: Dam, *, checkpointing: bool = False, autocast: torch.dtype | None = None) -> None:
+    `in_step` runs every layer for every batch, for workers that gather layers together as they are run.
+    """
+
+    def __init__(
+        self, dam: Dam, *, checkpointing: bool = False, autocast: torch.dtype | None = None, in_step: bool = False
+    ) -> None:
         super().__init__()
         self.dam = dam
-        self._autocast = autocast
+        self._autocast, self._in_step = autocast, in_step
         if checkpointing:
             for layer in [*dam.llm.layers(), *dam.vision_tower.vision_model.encoder.layers]:
                 _recompute(layer, autocast)
@@ -43,12 +49,12 @@ class CaptionLoss(nn.Module):
             _attention(device, self._autocast),
         ):
             loss = caption_loss if batch.codes_BK is None else labels_loss
-            return loss(self.dam, batch.to(device))
+            return loss(self.dam, batch.to(device), in_step=self._in_step)
 
 
-def caption_loss(dam: Dam, batch: Batch) -> Tensor:
+def caption_loss(dam: Dam, batch: Batch, *, in_step: bool = False) -> Tensor:
     """Summed cross-entropy of the targets. Each row of `batch` holds one view."""
-    tokens_BTD = dam.encode(batch.views_B8SS)
+    tokens_BTD = encoded(dam, batch.views_B8SS, in_step=in_step)
     is_image_BL = batch.ids_BL == IMAGE_TOKEN_ID
     rows_BLD = dam.llm.embed(batch.ids_BL.clamp(min=0)).to(tokens_BTD.dtype)
     rows_BLD = rows_BLD.masked_scatter(is_image_BL[..., None], tokens_BTD)

@@ -45,10 +45,7 @@ def make_optimizer(module: nn.Module, schedule: Schedule, *, sharded: bool = Fal
 
     `sharded` spreads its state over the workers of the default process group.
     """
-    groups: dict[str, list[nn.Parameter]] = {"decayed": [], "plain": [], "gates": []}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            groups[_group(name, parameter)].append(parameter)
+    groups = {group: [p for _, p in found] for group, found in _grouped(module).items()}
     if not any(groups.values()):
         raise ValueError("no parameter is to be trained")
     settings: Mapping[str, Mapping[str, Any]] = {
@@ -64,6 +61,19 @@ def make_optimizer(module: nn.Module, schedule: Schedule, *, sharded: bool = Fal
             chosen, torch.optim.AdamW, lr=schedule.learning_rate, betas=BETAS, fused=True
         )  # fmt: skip
     return torch.optim.AdamW(chosen, lr=schedule.learning_rate, betas=BETAS, fused=True)
+
+
+def parameter_order(module: nn.Module) -> list[str]:
+    """The names of what is trained, as `make_optimizer` counts them."""
+    return [name for found in _grouped(module).values() for name, _ in found]
+
+
+def _grouped(module: nn.Module) -> dict[str, list[tuple[str, nn.Parameter]]]:
+    groups: dict[str, list[tuple[str, nn.Parameter]]] = {"decayed": [], "plain": [], "gates": []}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            groups[_group(name, parameter)].append((name, parameter))
+    return groups
 
 
 def _group(name: str, parameter: nn.Parameter) -> str:

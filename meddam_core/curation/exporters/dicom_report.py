@@ -68,7 +68,7 @@ def _secondary_capture(item: Item) -> Any:
     first = item.captions[0]
     assert item.picture_HWC is not None
     spacing = first.pixel_spacing_mm
-    image = SCImage(
+    image: Any = SCImage(
         pixel_array=np.ascontiguousarray(item.picture_HWC), photometric_interpretation="RGB", bits_allocated=8,
         coordinate_system="PATIENT", study_instance_uid=_uid(item.name, "study"), series_number=1,
         series_instance_uid=_uid(item.name, "series"), sop_instance_uid=_uid(item.name, "image"), instance_number=1,
@@ -105,7 +105,7 @@ def _segmentation(image: Any, captions: Sequence[Caption]) -> Any:
     known = captions[0].pixel_spacing_mm
     spacing = (1.0, 1.0) if known is None else (float(known[0]), float(known[1]))
     masks_1HWR = np.stack([_mask(c) for c in captions], axis=-1)[None]
-    segmentation = Segmentation(
+    segmentation: Any = Segmentation(
         source_images=[image], pixel_array=masks_1HWR, segmentation_type="BINARY", segment_descriptions=described,
         series_instance_uid=_uid(image.SOPInstanceUID, "seg-series"), series_number=2,
         sop_instance_uid=_uid(image.SOPInstanceUID, "seg"), instance_number=1, manufacturer=_MANUFACTURER,
