@@ -107,7 +107,8 @@ def even_patches(num_channels: int, side: int, seed: int) -> torch.Tensor:
     rows = [gain * colour[:, None, None] * torch.outer(waves_PP[u], waves_PP[v]) for colour, (u, v), gain in chosen]
     generator = torch.Generator().manual_seed(seed)
     turn_CC, _ = torch.linalg.qr(torch.randn(num_channels, num_channels, generator=generator))
-    return (turn_CC @ torch.stack(rows).flatten(1)).view(num_channels, 3, side, side)
+    filters: torch.Tensor = (turn_CC @ torch.stack(rows).flatten(1)).view(num_channels, 3, side, side)
+    return filters
 
 
 def marked(parameter: torch.Tensor) -> torch.Tensor:

@@ -43,7 +43,11 @@ def together(folder: Path, names: Sequence[str]) -> dict[str, Any]:
         )
         for rank in range(NUM_WORKERS)
     ]  # fmt: skip
-    outputs = [w.communicate(timeout=900)[0] for w in workers]
+    try:
+        outputs = [w.communicate(timeout=3000)[0] for w in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
     assert [w.returncode for w in workers] == [0] * NUM_WORKERS, "\n".join(outputs)[-4000:]
     found: dict[str, Any] = json.loads((folder / "found.json").read_text())
     return found

@@ -21,7 +21,7 @@ from meddam_core.training.strategies import DataParallel, FullyShard, Strategy
 from meddam_core.training.trainer import Settings, Trainer
 from tests.meddam_core.training.made import collator, examples, small_dam
 
-NUM_WORKERS, NUM_STEPS, NUM_MICRO, SAVED_AFTER = 2, 5, 2, 3
+NUM_WORKERS, NUM_STEPS, NUM_MICRO, SAVED_AFTER = 2, 4, 2, 2
 SETTINGS = Settings(schedule=Schedule(learning_rate=1e-4, warmup_steps=2, max_steps=20), max_grad_norm=0.5)
 """Gradients are longer than that, so the norm over all shares counts."""
 
