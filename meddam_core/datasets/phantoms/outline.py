@@ -117,8 +117,10 @@ def draw_outline(rng: Rng, shape: str, margin: str, form: str, radius: float) ->
     """An outline of that shape and margin. Twins and core with halo are near round: their boxes must be equal."""
     aspect = float(rng.uniform(1.3, 1.42)) if shape == "oval" else float(rng.uniform(1.0, 1.05))
     waves: tuple[tuple[int, float, float], ...] = ()
-    if shape == "irregular" or margin == "irregular":
+    if shape == "irregular":
         waves = tuple((k, float(rng.uniform(0.04, 0.085)), float(rng.uniform(0, 6.28))) for k in (2, 3, 5))
+    if margin == "irregular":  # notches, so that it differs from an irregular shape
+        waves += tuple((k, float(rng.uniform(0.035, 0.055)), float(rng.uniform(0, 6.28))) for k in (11, 13, 17))
     if form != "whole":
         aspect, waves = 1.0, ()
     lobes = int(rng.integers(5, 8)) if margin == "lobulated" and form == "whole" else 0

@@ -138,8 +138,7 @@ def _outline(rng: Rng, truth: dict[str, str], x: float, y: float, radius: float)
     """(mask, alpha) of a lesion on the whole canvas."""
     turn, narrow = float(rng.uniform(0, 180)), {"oval": 0.72}.get(truth["shape"], 1.0)
     canvas: Any = np.zeros((SIZE, SIZE), np.uint8)
-    irregular = truth["shape"] == "irregular" or truth["margin"] == "irregular"
-    if irregular:
+    if truth["shape"] == "irregular":
         knots = rng.uniform(0.72, 1.0, 9)
         radii: Any = np.interp(np.linspace(0, 9, 90), np.arange(10), np.r_[knots, knots[0]])
         radii = np.convolve(np.r_[radii[-4:], radii, radii[:4]], np.ones(9) / 9, "valid")
@@ -156,6 +155,8 @@ def _outline(rng: Rng, truth: dict[str, str], x: float, y: float, radius: float)
             a = 2 * np.pi * (i + float(rng.uniform(-0.1, 0.1))) / count
             centre = (round(x + 0.66 * radius * np.cos(a)), round(y + 0.66 * radius * narrow * np.sin(a)))
             cv2.circle(canvas, centre, round(radius * 0.31), 255, -1, cv2.LINE_AA)
+    if truth["margin"] == "irregular":
+        _gnaw(rng, canvas, round(radius * 0.09))
     body = (canvas > 127).astype(np.uint8)
     alpha: Any = canvas.astype(np.float32) / 255
     if truth["margin"] == "ill-defined":
@@ -163,6 +164,15 @@ def _outline(rng: Rng, truth: dict[str, str], x: float, y: float, radius: float)
     if truth["margin"] == "spiculated":
         alpha = np.maximum(alpha, _spikes(rng, x, y, radius))
     return body, np.asarray(alpha, np.float32)
+
+
+def _gnaw(rng: Rng, canvas: NDArray[np.uint8], bite_px: int) -> None:
+    """Takes small bites out of the edge, all around."""
+    edges, _ = cv2.findContours((canvas > 127).astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    edge = edges[0][:, 0]
+    for at in np.linspace(0, len(edge), int(rng.integers(13, 18)), endpoint=False):
+        x, y = edge[int(at + rng.uniform(0, 6)) % len(edge)]
+        cv2.circle(canvas, (int(x), int(y)), bite_px, 0, -1, cv2.LINE_AA)
 
 
 def _spikes(rng: Rng, x: float, y: float, radius: float) -> Float:
