@@ -8,8 +8,10 @@ A whole object appears at once or not at all: on S3 by nature, on disk by writin
 from __future__ import annotations
 
 import os
+import time
 import uuid
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -105,6 +107,27 @@ def exists(uri: str) -> bool:
     """Whether a file or object is there."""
     fs, path = open_uri(uri)
     return bool(fs.get_file_info(path).type == pafs.FileType.File)
+
+
+def age_s(uri: str) -> float:
+    """Seconds since a file or object was written, by one clock: the bucket's own, or this machine's for a file.
+
+    Raises FileNotFoundError where it is not there.
+    """
+    if not is_s3(uri):
+        return max(0.0, time.time() - Path(open_uri(uri)[1]).stat().st_mtime)
+    import boto3
+    from botocore.exceptions import ClientError
+
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
+    try:
+        answer = boto3.client("s3", endpoint_url=s3_endpoint()).head_object(Bucket=bucket, Key=key)
+    except ClientError as error:
+        if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
+            raise FileNotFoundError(uri) from error
+        raise
+    now = parsedate_to_datetime(answer["ResponseMetadata"]["HTTPHeaders"]["date"])
+    return max(0.0, float((now - answer["LastModified"]).total_seconds()))
 
 
 def delete(uri: str) -> None:

@@ -6,7 +6,9 @@ Between them a row carries its model input in `views` (ray_jobs.views) and the r
 
 Invariants:
 - the only place where a row's exception is caught is `_guarded`; it becomes the row's status, reason and detail;
-- exception texts of other people's code may hold header values: only their type is recorded.
+- exception texts of other people's code may hold header values: only their type is recorded;
+- want of memory halves a batch before it fails a row; an engine that broke takes its process with it, and Ray starts
+  another: what is left of it would fail every row to come.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ logger = logging.getLogger(__name__)
 
 PIXEL_COLUMNS = ("image", "preview", "frames")
 _FAULT = pa.struct([("reason", pa.string()), ("detail", pa.string())])
+_KILLED = RowError(Reason.KILLED_PROCESS, "describing this image ended the process twice")
 
 
 def prepared_schema() -> pa.Schema:
@@ -176,10 +179,9 @@ class DescribeRegions:
         self._report(first=True)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        views = unpack(batch["views"], self._side)
         rows = batch.drop_columns(["views"]).to_pylist()
-        for row, row_views in zip(rows, views, strict=True):
-            row["views"] = row_views
+        for number, row in enumerate(rows):
+            row["views"] = batch["views"].slice(number, 1)  # unpacked where they are described: in halves, if need be
         done = self._ledger.work(rows, [r["image_id"] for r in rows], self._describe, self._given_up)
         stop = self._report(done)
         if stop is not None:
@@ -187,20 +189,24 @@ class DescribeRegions:
         return pa.Table.from_pylist([to_row(r) for r in done], schema=arrow_schema(CaptionedImage))
 
     def _describe(self, rows: list[dict[str, Any]]) -> list[CaptionedImage]:
-        regions = [_regions(row) for row in rows]
-        flat = [r for some in regions for r in some]
-        captions, error = _guarded(lambda: self._captioner.describe(flat), "describing the regions")
+        captions, error = _guarded(lambda: self._captions(rows), "describing the regions")
+        if error is not None and self._captioner.loop.failure is not None:
+            logger.error("the engine broke; this process ends, so that another one does its rows")
+            os._exit(1)
+        if error is not None and error.reason is Reason.OUT_OF_MEMORY and len(rows) > 1:
+            middle = len(rows) // 2
+            return self._describe(rows[:middle]) + self._describe(rows[middle:])
         if error is not None:
-            captions = [self._failed(r.region, error) for r in flat]
-        assert captions is not None
-        ordered = iter(captions)
-        return [
-            self._row(row, [c for _ in some for c in next(ordered)]) for row, some in zip(rows, regions, strict=True)
-        ]
+            return [self._given_up(row, error) for row in rows]
+        return [self._row(row, own) for row, own in zip(rows, captions, strict=True)]
 
-    def _given_up(self, row: dict[str, Any]) -> CaptionedImage:
-        error = RowError(Reason.KILLED_PROCESS, "describing this image ended the process twice")
-        return self._row(row, [c for r in _regions(row) for c in self._failed(r.region, error)])
+    def _captions(self, rows: list[dict[str, Any]]) -> list[list[RegionCaption]]:
+        regions = [_prepared(row, self._side) for row in rows]
+        found = iter(self._captioner.describe([r for some in regions for r in some]))
+        return [[c for _ in some for c in next(found)] for some in regions]
+
+    def _given_up(self, row: dict[str, Any], error: RowError = _KILLED) -> CaptionedImage:
+        return self._row(row, [c for r in row["regions"] for c in self._failed(from_row(Region, r), error)])
 
     def _failed(self, region: Region, error: RowError) -> list[RegionCaption]:
         captioner = self._captioner
@@ -248,14 +254,15 @@ class DescribeRegions:
         return stop
 
 
-def _regions(row: dict[str, Any]) -> list[PreparedRegion]:
+def _prepared(row: dict[str, Any], side: int) -> list[PreparedRegion]:
     regions = [from_row(Region, r) for r in row["regions"]]
     fault = _error(row["fault"])
     if fault is not None:
         return [PreparedRegion(region=r, views_N8SS=None, error=fault) for r in regions]
+    (views,) = unpack(row["views"], side)
     return [
         PreparedRegion(region=r, views_N8SS=v, error=_error(f))
-        for r, v, f in zip(regions, row["views"], row["faults"], strict=True)
+        for r, v, f in zip(regions, views, row["faults"], strict=True)
     ]
 
 

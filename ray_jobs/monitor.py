@@ -57,6 +57,9 @@ class Totals:
     """Seconds each captioner had work, by captioner."""
     first_report_s: float | None = None
     last_report_s: float | None = None
+    """By the monotonic clock of the monitor's node, which no other node shares."""
+    working_s: float = 0.0
+    """From the first report to now."""
     stop: str | None = None
     """Why the breaker opened; None while it is closed."""
     num_deaths: int = 0
@@ -122,7 +125,9 @@ class RunMonitor:
 
     def totals(self) -> Totals:
         """A view of the run so far."""
-        return self._totals
+        t = self._totals
+        t.working_s = 0.0 if t.first_report_s is None else time.monotonic() - t.first_report_s
+        return t
 
     def _verdict(self) -> str | None:
         failed = self._totals.num_failed

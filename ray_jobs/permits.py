@@ -22,6 +22,7 @@ import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from meddam_core import storage
@@ -204,7 +205,7 @@ class Permits:
 
     def _states(self) -> dict[str, bytes]:
         """What a restart must know of each run, by where it is put."""
-        shared = {"saved_at": time.time(), "book": self.book.state()}
+        shared = {"saved": _moment(), "book": self.book.state()}
         return {
             purse.state_uri: json.dumps(
                 {**shared, **purse.state(), "num_open": sum(name == run for name, _ in self._open.values())}
@@ -229,7 +230,7 @@ class Permits:
         purse.spent_usd = float(state["spent_usd"])
         purse.num_lost += int(state["num_open"])
         if not self.book.num_granted:
-            self.book.restore({**state["book"], "spent_usd": 0.0}, time.time() - float(state["saved_at"]))
+            self.book.restore({**state["book"], "spent_usd": 0.0}, _age_s(state.get("saved")))
 
     def _refusal(self, run: str, usd: float) -> Refusal | None:
         purse = self._purses[run]
@@ -282,6 +283,26 @@ class Permits:
                 purse.reserved_usd -= permit.usd
                 purse.spent_usd += permit.usd
                 purse.num_lost += 1
+
+
+def _moment() -> dict[str, Any]:
+    """Now, by a clock that nobody sets: it counts from the boot of this machine, for all of its processes."""
+    return {"boot": _boot(), "monotonic_s": time.monotonic()}
+
+
+def _age_s(moment: dict[str, Any] | None) -> float | None:
+    """Seconds since a `_moment`; None where it is another machine's: wall clocks differ, and jump."""
+    if moment is None or moment["boot"] != _boot() or moment["boot"] is None:
+        return None
+    return max(0.0, time.monotonic() - float(moment["monotonic_s"]))
+
+
+def _boot() -> str | None:
+    """What names this boot of this machine; None where the kernel doesn't tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return None
 
 
 def start_permits(

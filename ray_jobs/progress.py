@@ -67,8 +67,7 @@ def progress_line(totals: Totals, num_images: int, num_regions: int, elapsed_s: 
     """Where a run stands, in one line."""
     if totals.first_report_s is None:
         return f"loading the model ({elapsed_s:.0f} s)"
-    working_s = max(time.monotonic() - totals.first_report_s, 1e-6)
-    rate = totals.num_regions / working_s
+    rate = totals.num_regions / max(totals.working_s, 1e-6)
     share = totals.num_images / num_images if num_images else 1.0
     expected = max(num_regions, totals.num_regions / share if share else 0)  # detected ones are in no shard's count
     left = (expected - totals.num_regions) / rate if rate else 0.0

@@ -4,16 +4,17 @@
     meddam status s3://bucket/runs/one --json
 
 Reads run.json, inputs.parquet, summary.json, progress.json and the names of the part files: no rows, no Ray. Exit codes
-are the run's: 0 complete, 3 stopped, 4 not complete (yet), 2 where there is no run.
+are the run's: 0 complete, 3 stopped, 4 not complete (yet), 2 where there is no run. How long ago the driver gave a sign
+of life is reckoned by the store's clock alone: those of the driver's machine and of this one may be off, or be set.
 """
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from meddam_core import storage
 from ray_jobs.progress import duration
 from ray_jobs.progress_file import AT_WORK, PROGRESS
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
@@ -105,7 +106,8 @@ def run(cfg: Config) -> Status:
     at_work = said.get("phase") in AT_WORK
     if summary is not None and not at_work:
         return _published(counts, summary)
-    return _unpublished(counts, said, at_work, len(directory.part_files()))
+    silent_s = storage.age_s(directory.at(PROGRESS)) if said else None
+    return _unpublished(counts, said, silent_s, len(directory.part_files()))
 
 
 def _published(counts: dict[str, Any], summary: dict[str, Any]) -> Status:
@@ -115,10 +117,8 @@ def _published(counts: dict[str, Any], summary: dict[str, Any]) -> Status:
     )  # fmt: skip
 
 
-def _unpublished(counts: dict[str, Any], said: dict[str, Any], at_work: bool, num_files: int) -> Status:
-    silent_s = None
-    if "updated_at" in said:
-        silent_s = max(0.0, (datetime.now(UTC) - datetime.fromisoformat(said["updated_at"])).total_seconds())
+def _unpublished(counts: dict[str, Any], said: dict[str, Any], silent_s: float | None, num_files: int) -> Status:
+    at_work = said.get("phase") in AT_WORK
     alive = at_work and silent_s is not None and silent_s < SILENT_FOR * said["every_s"]
     state = "working" if alive else "silent" if at_work else said.get("phase", "not begun")
     before, done = said.get("num_images_before", 0), said.get("num_images_done", 0)

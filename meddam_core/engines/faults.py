@@ -9,7 +9,7 @@ _LOST = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "cudaErrorIllegal", "d
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error means that memory ran out, on a GPU or on the host. Less work at once may succeed."""
-    return isinstance(error, torch.OutOfMemoryError) or (
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
         isinstance(error, RuntimeError) and "allocate memory" in str(error)
     )
 

@@ -115,7 +115,7 @@ class TorchEngine(LocalEngine):
                 [p.rows for p in group if p.rows is not None],
                 first_slot,
             )
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._note_out_of_memory(error)
             self._prefill_less(group)
             return
@@ -144,7 +144,7 @@ class TorchEngine(LocalEngine):
     def _decode(self) -> None:
         try:
             logits = self._decoder.step([p.generation.token_ids[-1] for p in self._active])
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             self._note_out_of_memory(error)
             self._decode_less()
             return
@@ -189,7 +189,7 @@ class TorchEngine(LocalEngine):
         pending.generation.fail(Reason.OUT_OF_MEMORY, "the device has no memory left for a single caption")
         self._finish(pending.uid)
 
-    def _note_out_of_memory(self, error: RuntimeError) -> None:
+    def _note_out_of_memory(self, error: RuntimeError | MemoryError) -> None:
         """Count it and free what can be freed; any other error goes on up."""
         if not out_of_memory(error):
             raise error

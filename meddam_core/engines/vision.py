@@ -119,7 +119,7 @@ class VisionQueue:
         try:
             with torch.inference_mode(), torch.cuda.stream(self._stream):
                 self._launch(batch)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             return False

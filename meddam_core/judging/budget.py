@@ -237,14 +237,19 @@ class PermitBook:
         calls = [[p.leaves - now, p.tokens] for p in self._past]
         return {"calls": calls, "assumed": self._assumed(now), "spent_usd": self.committed_usd}
 
-    def restore(self, state: Mapping[str, Any], age_s: float) -> None:
+    def restore(self, state: Mapping[str, Any], age_s: float | None) -> None:
         """Takes up a state saved `age_s` ago. What may have been granted since then is assumed to have been.
 
+        Where the age is not known (None) the last minute counts as used to the full, and its calls as made just now.
         Raises ValueError when calls were granted already.
         """
         if self.num_granted:
             raise ValueError("a book that has granted permits cannot be restored")
-        now, age_s = self.clock(), max(0.0, age_s)
+        now, unknown = self.clock(), 1.0
+        if age_s is not None:
+            age_s = max(0.0, age_s)
+            unknown = min(1.0, age_s / self._fade)  # at most what a paced job grants in that time
+        age_s = age_s or 0.0
         self.spent_usd = float(state["spent_usd"])
         self._past.clear()
         self._requests = self._tokens = 0.0
@@ -254,7 +259,6 @@ class PermitBook:
         faded = max(0.0, float(state["assumed"]) - age_s / self._fade)
         pairs = ((self._requests, self.limits.requests_per_min), (self._tokens, self.limits.tokens_per_min))
         used = max(used / limit if limit else 0.0 for used, limit in pairs)
-        unknown = min(1.0, age_s / self._fade)  # at most what a paced job grants in that time
         self._started, self._phantom_share = now, min(1.0, max(0.0, min(faded + unknown, 1.0 - used)))
 
     # -- the window ----------------------------------------------------------------------------------------------------

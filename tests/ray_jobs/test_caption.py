@@ -121,14 +121,15 @@ def test_a_small_run_of_failures_is_no_success_either(ray_session: None, tmp_pat
     assert "every caption failed" in str(summary.why)
 
 
-def test_an_image_that_kills_its_process_is_one_failed_row(ray_session: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("engine", ["KillingEngine", "BreakingEngine"])
+def test_an_image_that_kills_its_process_is_one_failed_row(ray_session: None, tmp_path: Path, engine: str) -> None:
     def pixels(image: int) -> NDArray[np.uint8]:
         side = (SIDE_PX, SIDE_PX, 3)
         return np.full(side, POISON, np.uint8) if image == 5 else np.full(side, image, np.uint8)
 
     shards = make_shards(str(tmp_path / "set"), 1, 12, pixels=pixels)
     cfg = _config(
-        shards, str(tmp_path / "run"), engine="tests.faults.engines:KillingEngine", images_per_batch=6,
+        shards, str(tmp_path / "run"), engine=f"tests.faults.engines:{engine}", images_per_batch=6,
         canary_images=50,
     )  # fmt: skip
     summary = run(cfg)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from ray_jobs import caption
+from ray_jobs import caption, progress_file
 from ray_jobs.monitor import Totals
 from ray_jobs.progress_file import PROGRESS, ProgressFile
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
@@ -65,10 +66,25 @@ def test_a_run_at_work_whose_driver_then_falls_silent(directory: RunDirectory) -
         assert found.by_reason == {"corrupt": 1} and found.exit_code == 4
         text = "\n".join(found.lines())
         assert "11 of 20 images (55.0%)" in text and "5.0 regions/s, 4 s left" in text
-        said(directory, updated_at=(datetime.now(UTC) - timedelta(minutes=5)).isoformat())
+        written = Path(directory.at(PROGRESS)).stat().st_mtime
+        os.utime(directory.at(PROGRESS), (written - 300, written - 300))
         found = run(Config(run=directory.uri))
         assert found.state == "silent" and "last sign of life 5 min" in "\n".join(found.lines())
         assert "run the same `meddam caption` again" in found.lines()[-1]
+
+
+@pytest.mark.s3
+@pytest.mark.parametrize("skew", [timedelta(hours=1), timedelta(hours=-1)], ids=["ahead", "behind"])
+@pytest.mark.parametrize("place", ["disk", "s3"])
+def test_a_driver_whose_clock_is_off_is_not_taken_for_silent(
+    tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch, place: str, skew: timedelta
+) -> None:
+    monkeypatch.setattr(progress_file, "_now", lambda: (datetime.now(UTC) + skew).isoformat())
+    made = RunDirectory(f"{s3_bucket}/run" if place == "s3" else str(tmp_path))
+    with ProgressFile(made, 1):
+        found = run(Config(run=made.uri))
+    assert found.state == "working"
+    assert found.seconds_since_sign_of_life is not None and found.seconds_since_sign_of_life < 60
 
 
 @pytest.mark.parametrize(("error", "state"), [(KeyboardInterrupt(), "interrupted"), (RuntimeError("x"), "failed")])

@@ -173,7 +173,7 @@ class Scheduler(RaggedBatchBase):  # type: ignore[misc]
         # returns rather than retries inside `except`: the exception keeps the failed forward's tensors alive
         try:
             logits: Tensor = self.inference_engine.put(uids, tokens)
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             return None

@@ -284,13 +284,15 @@ def test_weights_that_are_not_numbers_fail_the_request() -> None:
 class _ScarceMemory:
     """Lets a decoder run out of memory whenever more than `rows` rows are used in one call of `method`."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str, rows: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, method: str, rows: int, on_host: bool = False) -> None:
         self.num_failures = 0
         real = getattr(Decoder, method)
 
         def scarce(decoder: Decoder, first: Sequence[object], *rest: object) -> torch.Tensor:
             if len(first) > rows:
                 self.num_failures += 1
+                if on_host:
+                    np.empty(1 << 60, np.uint8)
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1.00 GiB")
             result: torch.Tensor = real(decoder, first, *rest)
             return result
@@ -298,13 +300,16 @@ class _ScarceMemory:
         monkeypatch.setattr(Decoder, method, scarce)
 
 
-@pytest.mark.parametrize(("method", "rows"), [("prefill", 2), ("step", 3), ("prefill", 1), ("step", 1)])
+@pytest.mark.parametrize(
+    ("method", "rows", "on_host"),
+    [("prefill", 2, False), ("step", 3, False), ("prefill", 1, False), ("step", 1, False), ("prefill", 2, True)],
+)
 def test_running_out_of_memory_makes_the_batch_smaller(
-    dam: Dam, monkeypatch: pytest.MonkeyPatch, method: str, rows: int
+    dam: Dam, monkeypatch: pytest.MonkeyPatch, method: str, rows: int, on_host: bool
 ) -> None:
     requests = _requests(11, max_new_tokens=9)
     expected = {n: r.text for n, r in _by_id(TorchEngine(dam).generate(requests)).items()}
-    memory = _ScarceMemory(monkeypatch, method, rows)
+    memory = _ScarceMemory(monkeypatch, method, rows, on_host)
     engine = TorchEngine(dam, max_batch=8)
     results = _by_id(engine.generate(requests))
     assert {n: r.text for n, r in results.items()} == expected

@@ -148,8 +148,8 @@ def test_restarts_do_not_break_the_limit() -> None:
     assert busiest(arrivals, lambda t: 1) <= 120
 
 
-@pytest.mark.parametrize("age_s", [0.0, 2.0, 30.0, 300.0])
-def test_a_restored_book_knows_its_bursts(age_s: float) -> None:
+@pytest.mark.parametrize(("age_s", "known"), [(0.0, True), (2.0, True), (30.0, True), (300.0, True), (2.0, False)])
+def test_a_restored_book_knows_its_bursts(age_s: float, known: bool) -> None:
     clock, rng = Clock(), random.Random(6)
     limits = Limits(requests_per_min=100, max_concurrent=10**6, max_usd=10)
     book = PermitBook(limits, clock)
@@ -164,7 +164,7 @@ def test_a_restored_book_knows_its_bursts(age_s: float) -> None:
     assert state["spent_usd"] == pytest.approx(1.0)
     clock.now += age_s
     again = PermitBook(limits, clock)
-    again.restore(state, age_s)
+    again.restore(state, age_s if known else None)
     assert again.spent_usd == pytest.approx(1.0)
     later = greedy(again, clock, clock.now + 120, rng, lambda: 1)
     assert busiest(arrivals + later, lambda t: 1) <= 100
