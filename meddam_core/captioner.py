@@ -28,7 +28,7 @@ from meddam_core.datasets.recipes import Recipe, get_recipe
 from meddam_core.engines.base import Request, Result, Sampling
 from meddam_core.engines.loop import EngineLoop
 from meddam_core.focal import Aspect, FocalImage
-from meddam_core.imaging.render import render
+from meddam_core.imaging.render import render_shared
 from meddam_core.prompts import Prompt
 from meddam_core.records import (
     Egress,
@@ -42,6 +42,7 @@ from meddam_core.records import (
     Status,
     region_id,
 )
+from meddam_core.regions.geometry import with_margin
 from meddam_core.regions.lesions import detect_lesions
 from meddam_core.regions.masks import region_prompt_mask
 
@@ -92,21 +93,23 @@ class RegionPreparer:
         Raises RowError when the image as a whole cannot be rendered, or may not go to the engine.
         """
         self._check_egress(image)
-        return self.prepare_rendered(image, render(image, window=self.recipe(image).window))
+        return self.prepare_rendered(image, render_shared(image, window=self.recipe(image).window))
 
     def prepare_rendered(self, image: Image, image_HWC: NDArray[np.uint8]) -> list[PreparedRegion]:
         """As `prepare`, for a row whose picture was rendered by its recipe's window: it needs no pixels of its own."""
         self._check_egress(image)
         recipe = self.recipe(image)
-        focal = FocalImage(image_HWC, self.rules.size, recipe.aspect)
+        focal, size = FocalImage(image_HWC, self.rules.size, recipe.aspect), (image.width, image.height)
         prepared = []
         for region in image.regions or detected_regions(image, image_HWC, recipe):
             try:
                 if recipe.clip:
                     views_N8SS = clip_views(image, region, recipe, self.rules.size)
-                else:
-                    mask_HW = region_prompt_mask(region, (image.width, image.height), recipe.margin, recipe.prompt)
+                elif recipe.prompt == "mask" and region.mask is not None:
+                    mask_HW = region_prompt_mask(region, size, recipe.margin, recipe.prompt)
                     views_N8SS = focal.views(mask_HW)[None]
+                else:
+                    views_N8SS = focal.box_views(with_margin(region.box, recipe.margin, size), size)[None]
             except RowError as error:
                 prepared.append(PreparedRegion(region=region, views_N8SS=None, error=error))
             else:
@@ -130,7 +133,7 @@ def detected_regions(image: Image, image_HWC: NDArray[np.uint8], recipe: Recipe)
             confidence=found.confidence,
             labels=[*image.labels, Label(name="roi", value=found.kind)],
         )
-        for ordinal, found in enumerate(detect_lesions(image_HWC, recipe.max_regions))
+        for ordinal, found in enumerate(detect_lesions(np.ascontiguousarray(image_HWC), recipe.max_regions))
     ]
 
 

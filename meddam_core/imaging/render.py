@@ -48,6 +48,15 @@ def render(image: Image | Decoded, window: Window | str | None = None) -> NDArra
     return render_stored(stored_pixels(image), image, window)
 
 
+def render_shared(image: Image | Decoded, window: Window | str | None = None) -> NDArray[np.uint8]:
+    """As `render`, read-only; the three channels of a grey picture are one and the same memory, written once."""
+    stored = stored_pixels(image)
+    if stored.ndim == 3 or window == THREE_WINDOW:
+        return render_stored(stored, image, window)
+    grey_HW = _grey(stored, stored, image, window)
+    return np.broadcast_to(grey_HW[:, :, None], (*grey_HW.shape, 3))
+
+
 def stored_pixels(image: Image | Decoded) -> Stored:
     """The stored pixels of a row or a decoded picture. Raises RowError(no_pixels, corrupt)."""
     if isinstance(image, Decoded):
@@ -70,8 +79,12 @@ def render_stored(
     if window == THREE_WINDOW:
         _check_hounsfield(facts)
         return np.stack([look_up(part, display_table(stored.dtype, facts, w)) for w in THREE_WINDOWS], axis=-1)
-    chosen = resolve_window(stored, facts, window)
-    return cv2.cvtColor(look_up(part, display_table(stored.dtype, facts, chosen)), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+    return cv2.cvtColor(_grey(part, stored, facts, window), cv2.COLOR_GRAY2RGB)  # type: ignore[return-value]
+
+
+def _grey(part: Stored, whole: Stored, facts: Facts, window: Window | str | None) -> NDArray[np.uint8]:
+    """(h, w) uint8 of a part of a picture, by the whole's window."""
+    return look_up(part, display_table(whole.dtype, facts, resolve_window(whole, facts, window)))
 
 
 def resolve_window(stored: Stored, facts: Facts, window: Window | str | None) -> Window | None:

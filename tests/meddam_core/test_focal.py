@@ -69,6 +69,9 @@ def test_regions_of_one_image_are_seen_as_each_alone() -> None:
         assert np.array_equal(shared.full_SSC, full_view(image_HWC, 56, aspect))
         for mask_HW in masks:
             assert np.array_equal(focal_views(image_HWC, mask_HW, 56, aspect), shared.views(mask_HW))
+        assert np.array_equal(shared.box_views((20, 10, 60, 40), (120, 90)), shared.views(masks[0]))
+        with pytest.raises(RowError, match=r"the mask is \(90, 121\)"):
+            shared.box_views((20, 10, 60, 40), (121, 90))
 
 
 def test_pad_keeps_the_aspect_ratio_and_keeps_image_and_mask_together() -> None:
@@ -145,3 +148,9 @@ def test_views_equal_a_plain_resize_of_everything(
         plain_mask = PilImage.fromarray(np.ascontiguousarray(mask_HW[part] * np.uint8(255)))
         assert np.array_equal(np.asarray(plain.resize((size, size), 3)).transpose(2, 0, 1), views[:3])
         assert np.array_equal(np.asarray(plain_mask.resize((size, size), 3)), views[3])
+    if is_box:
+        box = (x0, y0, x1, y1)
+        assert np.array_equal(FocalImage(image_HWC, size).box_views(box, (width, height)), views_8SS)
+        one_grey = np.broadcast_to(image_HWC[:, :, :1], image_HWC.shape)
+        if seed % 2:
+            assert np.array_equal(FocalImage(one_grey, size).box_views(box, (width, height)), views_8SS)

@@ -16,7 +16,7 @@ from meddam_core import records
 from meddam_core.imaging.decode import decode
 from meddam_core.imaging.deidentify import image_fields
 from meddam_core.imaging.png import decode_png, encode_png, preview_jpeg
-from meddam_core.imaging.render import render, render_stored, resolve_window
+from meddam_core.imaging.render import render, render_shared, render_stored, resolve_window
 from meddam_core.imaging.windows import PRESETS, THREE_WINDOW, default_window, physical_values, window_curve
 from meddam_core.records import Reason, RowError, Window
 from tests.meddam_core.imaging.dicom_files import bundled, ct_phantom, dicom
@@ -85,6 +85,7 @@ def test_a_row_renders_as_its_source() -> None:
     for name in ("CT_small.dcm", "examples_palette.dcm", "examples_overlay.dcm", "SC_rgb_rle_16bit.dcm"):
         decoded = decode(bundled(name))
         assert np.array_equal(render(row(decoded)), render(decoded))
+        assert np.array_equal(render_shared(row(decoded)), render(decoded))
         shown = np.asarray(PilImage.open(io.BytesIO(row(decoded).preview.bytes or b"")))
         assert max(shown.shape) <= 256
 
