@@ -129,6 +129,7 @@ def read_shards(plan: Plan, shares: Shares) -> Any:
     context.target_max_block_size = BLOCK_BYTES
     # Otherwise reading ahead fills what stages share of a small object store, and the others crawl at a tenth.
     context.op_resource_reservation_ratio = 0.95
+    context.memory_usage_poll_interval_s = None  # each worker would walk its pages once a second, the store's with them
     context.checkpoint_config = CheckpointConfig(
         id_column="image_id", checkpoint_path=plan.directory.path("checkpoint", f"attempt={plan.attempt}"),
         override_filesystem=plan.directory.filesystem, delete_checkpoint_on_success=False,
