@@ -23,6 +23,7 @@ class WaitingEngine:
 
     name = "waiting"
     kernels = "sleep"
+    step_s = STEP_S
 
     def __init__(self, folder: str, *, device: str, dtype: str, slots: int | None = None) -> None:
         self.stats = EngineStats()
@@ -37,7 +38,7 @@ class WaitingEngine:
 
     def step(self) -> list[Result]:
         batch = [self._queue.popleft() for _ in range(min(REGIONS_PER_STEP, len(self._queue)))]
-        time.sleep(STEP_S * len(batch) / REGIONS_PER_STEP)
+        time.sleep(self.step_s * len(batch) / REGIONS_PER_STEP)
         self.stats.num_requests += len(batch)
         return [_result(r) for r in batch]
 
@@ -56,6 +57,27 @@ class WaitingEngine:
 
     def close(self) -> None:
         self._queue.clear()
+
+
+class Waiting80(WaitingEngine):
+    """8 regions in 80 ms."""
+
+    step_s = 0.080
+
+
+class Waiting160(WaitingEngine):
+    """8 regions in 160 ms."""
+
+    step_s = 0.160
+
+
+ENGINES: dict[int, type[WaitingEngine]] = {40: WaitingEngine, 80: Waiting80, 160: Waiting160}
+"""By milliseconds a step."""
+
+
+def path_of(step_ms: int) -> str:
+    """What `--engine` is given for the captioner with such a step. Raises KeyError where there is none."""
+    return f"{__name__}:{ENGINES[step_ms].__name__}"
 
 
 def _result(request: Request) -> Result:
