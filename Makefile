@@ -1,5 +1,6 @@
 # make demo   what the product does, in under three minutes: bucket -> regions -> captions -> report
 # make test   the default tests        make check   style, types, import contracts
+# make faults every fault that a run must survive, one after the other; FAULTS="--short" for a few
 #
 # Needs python3.11 or python3.12 and nothing else. PYTHON=/path/to/python chooses another one.
 
@@ -18,7 +19,7 @@ export TOKENIZERS_PARALLELISM = false
 export RAY_USAGE_STATS_ENABLED = 0
 export RAY_AUTH_MODE ?= disabled
 
-.PHONY: install demo test check format clean
+.PHONY: install demo test faults check format clean
 
 install: $(STAMP)
 
@@ -36,6 +37,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	$(BIN)/python -m pytest $(TESTS)
+
+faults: $(STAMP)
+	$(BIN)/python -m tests.faults.suite $(FAULTS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

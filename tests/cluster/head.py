@@ -98,8 +98,8 @@ def free_ports(num: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def started_head(folder: Path, **extra: str) -> Iterator[Head]:
-    """Starts a head with two CPUs, and ends it; `extra` goes into its environment and its jobs'."""
+def started_head(folder: Path, *flags: str, **extra: str) -> Iterator[Head]:
+    """Starts a head with two CPUs, and ends it; `extra` goes into its environment and its jobs', `flags` to it."""
     token = folder / "token"
     token.write_text("a-token-of-this-test-" + os.urandom(8).hex())
     port, dashboard, client, *agents = free_ports(7)
@@ -114,7 +114,7 @@ def started_head(folder: Path, **extra: str) -> Iterator[Head]:
             str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", "--node-ip-address=127.0.0.1",
             f"--port={port}", f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1",
             f"--ray-client-server-port={client}", f"--temp-dir={scratch}", "--object-store-memory=150000000",
-            "--disable-usage-stats", *agent_ports,
+            "--disable-usage-stats", *agent_ports, *flags,
         ]  # fmt: skip
         log = (folder / "head.log").open("wb")
         process = subprocess.Popen(command, env=env, stdout=log, stderr=log, start_new_session=True, cwd=folder)

@@ -16,7 +16,7 @@ from ray_jobs.audit import audit
 from ray_jobs.checkpoints import PENDING
 from ray_jobs.lease import Lease
 from ray_jobs.run_directory import RunDirectory
-from tests.faults.kill_and_resume import Job, captions, check
+from tests.faults.kill_and_resume import Job, captions, check, committed
 from tests.faults.processes import Victim, kill, victims
 from tests.ray_jobs.made_shards import make_shards
 
@@ -46,18 +46,12 @@ def _run_until(job: Job, out: str, log: Path, moment: Callable[[], bool], victim
     return process.wait()
 
 
-def _committed(out: str) -> Callable[[], bool]:
-    """Whether Ray has committed a part file: a later resume then filters by id."""
-    folder = RunDirectory(out).checkpoint(1)
-    return lambda: any(not i.path.endswith(PENDING) for i in storage.list_files(folder, ".parquet"))
-
-
 def test_driver_killed_on_s3_after_a_commit_and_resumed(
     undisturbed: tuple[Job, pa.Table], s3_bucket: str, tmp_path: Path
 ) -> None:
     job, table = undisturbed
     out = f"{s3_bucket}/run"
-    assert _run_until(job, out, tmp_path / "log", _committed(out), "driver") == -9
+    assert _run_until(job, out, tmp_path / "log", committed(out), "driver") == -9
     assert not audit(RunDirectory(out)).published
     assert job.start(out, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
     check(out, table)
@@ -67,10 +61,10 @@ def test_driver_killed_between_the_two_halves_of_a_commit(undisturbed: tuple[Job
     """LOSS 2: a rename on S3 is a copy and a delete. Ray alone would delete the data and count its ids as done."""
     job, table = undisturbed
     out = str(tmp_path / "run")
-    assert _run_until(job, out, tmp_path / "log", _committed(out), "driver") == -9
+    assert _run_until(job, out, tmp_path / "log", committed(out), "driver") == -9
     folder = Path(RunDirectory(out).checkpoint(1))
-    committed = [p for p in folder.glob("*.parquet") if not p.name.endswith(PENDING)]
-    shutil.copy(committed[0], committed[0].with_name(committed[0].name.removesuffix(".parquet") + PENDING))
+    done = [p for p in folder.glob("*.parquet") if not p.name.endswith(PENDING)]
+    shutil.copy(done[0], done[0].with_name(done[0].name.removesuffix(".parquet") + PENDING))
     assert job.start(out, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
     check(out, table)
 
@@ -78,7 +72,7 @@ def test_driver_killed_between_the_two_halves_of_a_commit(undisturbed: tuple[Job
 def test_a_captioner_killed_after_a_commit_is_replaced(undisturbed: tuple[Job, pa.Table], tmp_path: Path) -> None:
     job, table = undisturbed
     out = str(tmp_path / "run")
-    assert _run_until(job, out, tmp_path / "log", _committed(out), "captioner") == 0, (tmp_path / "log").read_text()
+    assert _run_until(job, out, tmp_path / "log", committed(out), "captioner") == 0, (tmp_path / "log").read_text()
     check(out, table)
 
 

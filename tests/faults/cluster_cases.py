@@ -1,0 +1,104 @@
+"""Faults of a cluster: a node that is lost, a submitted job whose driver dies, a disk that is full while Ray spills.
+
+Each has a head of its own and more raylets on this machine, joined as a cluster's nodes are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from ray_jobs.audit import audit
+from ray_jobs.run_directory import RunDirectory
+from tests.cluster.head import ROOT, Head, joined_node, kill_tree, started_head
+from tests.faults.kill_and_resume import MODEL, committed
+from tests.faults.processes import descendants, title
+from tests.faults.scene import DEADLINE_S, POLL_S, Case, Scene, Told
+
+SPILL_BYTES = 24 << 20
+"""Of the disk that Ray spills to: less than one of its spill files, when something lies there already."""
+
+
+@contextlib.contextmanager
+def _two_nodes(scene: Scene) -> Iterator[tuple[Head, subprocess.Popen[bytes]]]:
+    """A head and a second node, with two CPUs each."""
+    log = scene.folder / "node.log"
+    with started_head(scene.folder, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) as head, joined_node(head, log) as node:
+        deadline = time.monotonic() + DEADLINE_S
+        while "raylet" not in " ".join(title(pid) for pid in descendants(node.pid)):
+            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(POLL_S)
+        yield head, node
+
+
+def _node(scene: Scene) -> Told:
+    """The second node's raylet and all its workers are killed while it holds a captioner."""
+    out = f"{scene.root('cluster')}/node"
+    with _two_nodes(scene) as (head, node):
+        scene.environments["cluster"] = {**head.env, "RAY_ADDRESS": head.address}
+        job = scene.job("cluster", "--num-captioners", "2")
+        undisturbed_s = scene.undisturbed_s("cluster", job)
+        is_begun, lost = committed(out), []
+
+        def lose(process: subprocess.Popen[bytes], start: int) -> None:
+            workers = [title(pid) for pid in descendants(node.pid)] if not lost and is_begun() else []
+            if any("DescribeRegions" in text for text in workers):
+                kill_tree(node)
+                lost.append(len(workers))
+
+        seconds = scene.to_the_end(job, out, env=scene.environments["cluster"], during=lose)
+    assert lost, "the second node never held a captioner"
+    return Told(
+        what="one of two nodes lost: kill -9 of its raylet and workers, after a commit", out=out, seconds=seconds,
+        undisturbed_s=undisturbed_s,
+    )  # fmt: skip
+
+
+def _submitted(scene: Scene) -> Told:
+    """The driver of a submitted job is killed on its head; the job is submitted again."""
+    out, calm = f"{scene.root('head')}/submitted", f"{scene.root('head')}/calm"
+    shards = scene.job("head").shards
+    words = [
+        "python", "-m", "ray_jobs.caption", shards, "--model", MODEL, "--engine", "torch", "--prompt", "dam-default",
+        "--max-new-tokens", "16", "--images-per-file", "10", "--images-per-batch", "4", "--out",
+    ]  # fmt: skip
+    submit = ("job", "submit", "--working-dir", ".", "--runtime-env", "runtime_env.yaml")
+    with started_head(scene.folder, OMP_NUM_THREADS="1") as head:
+        begun = time.monotonic()
+        first = head.ray(*submit, "--", *words, calm)
+        undisturbed_s = time.monotonic() - begun
+        assert first.returncode == 0, first.stdout[-3000:]
+        scene.note("head", calm, undisturbed_s)
+        begun, is_begun = time.monotonic(), committed(out)
+        assert head.ray(*submit, "--no-wait", "--submission-id", "killed", "--", *words, out).returncode == 0
+        while not (is_begun() and (drivers := _drivers(out))):
+            assert time.monotonic() < begun + DEADLINE_S, head.ray("job", "logs", "killed").stdout[-3000:]
+            time.sleep(POLL_S)
+        os.kill(drivers[0], signal.SIGKILL)
+        while "FAILED" not in head.ray("job", "status", "killed").stdout.upper():
+            assert time.monotonic() < begun + DEADLINE_S
+        assert not audit(RunDirectory(out)).published
+        again = head.ray(*submit, "--", *words, out)
+        assert again.returncode == 0, again.stdout[-3000:]
+        seconds = time.monotonic() - begun
+    return Told(
+        what="kill -9 of a submitted job's driver on its head; submitted again", out=out, seconds=seconds,
+        undisturbed_s=undisturbed_s,
+    )  # fmt: skip
+
+
+def _drivers(out: str) -> list[int]:
+    """The Python processes that run the job which writes to `out`."""
+    pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdigit()]
+    return [pid for pid in pids if (text := title(pid)).startswith("python -m ray_jobs.caption") and out in text]
+
+
+CASES = (
+    Case(name="node", run=_node),
+    Case(name="submitted", run=_submitted),
+)
