@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from qa_library.held_out import held_out_question
 from qa_library.loader import Library, load_library
 from qa_library.questions import Polarity, Question, Source
 from qa_library.schema import Attribute, Rendering, TemplateSet, Value
@@ -86,6 +87,8 @@ class Settings:
     """Template set by dataset, where the name alone does not tell."""
     renderings: Mapping[str, Rendering] = field(default_factory=dict)
     """What a recipe renders, where its name and the stored window do not tell."""
+    held_out: bool = False
+    """Ask in the held-out wording (qa_library.held_out)."""
 
     def __post_init__(self) -> None:
         if self.max_positives < 1:
@@ -151,7 +154,8 @@ def questions_of_image(image: ImageRow, library: Library, settings: Settings) ->
             if fact.attribute.kind == "presence"
         ]
         maker = _RegionQuestions(template_set, truth, elsewhere, rendering, settings, region.region_id, image.dataset)
-        table.questions += maker.make(table.dropped)
+        made = maker.make(table.dropped)
+        table.questions += [held_out_question(q, template_set) for q in made] if settings.held_out else made
     return table
 
 

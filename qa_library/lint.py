@@ -34,6 +34,8 @@ def _problems(template_set: TemplateSet, concepts: set[str]) -> Iterator[str]:
         yield "recognition needs an attribute or terms, and not both"
     if (named is not None) != ("{value}" in template_set.recognition.text):
         yield "recognition's text must hold {value} if, and only if, it goes by an attribute"
+    if named is None and not template_set.recognition.held_out:
+        yield "recognition has no held_out wording, so that no test can be worded apart from training"
     for term in (*template_set.normal, *template_set.recognition.terms, *template_set.recognition.decoys):
         yield from _term(term, "normal or recognition")
     values = {v.id: v for a in template_set.attributes for v in a.values}

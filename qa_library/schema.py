@@ -118,6 +118,8 @@ class Recognition(_Strict):
 
     text: str
     """The question; {value} is the region's finding where `attribute` is given."""
+    held_out: str = ""
+    """The same in words of its own, for tests (qa_library.held_out); needed where there is no `attribute`."""
     attribute: str | None = None
     """Presence attribute whose present value, or its kin, must be named."""
     terms: tuple[str, ...] = ()

@@ -19,13 +19,13 @@ import io
 import itertools
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core import __version__, storage
 from meddam_core.curation.best import MEASURES, best_of, with_agreement, yield_curve
@@ -80,9 +80,18 @@ class Config(BaseModel):
     max_per_patient: int | None = Field(None, ge=1)
     """Captions of one patient, at most; of one image where the patient is unknown."""
     balance: tuple[str, ...] = ()
-    """Labels whose values are to be about equally frequent, such as finding."""
+    """Labels whose values are to be about equally frequent, such as finding; or what captions state, without labels."""
     balance_ratio: float = Field(3.0, ge=1)
     """How much more frequent one value may be than another."""
+
+    hide_truth: bool = False
+    """Do not look at the regions' own labels, neither for a filter nor for the page: as if nobody knew them."""
+
+    @model_validator(mode="after")
+    def _hidden_truth_is_not_used(self) -> Config:
+        if self.hide_truth and self.min_truth is not None:
+            raise ValueError("--min-truth asks for the labels that --hide-truth hides; leave one of them out")
+        return self
 
     @property
     def rules(self) -> Rules:
@@ -175,7 +184,9 @@ def _candidates(cfg: Config, tally: _Tally, note: Any) -> Iterator[Candidate]:
             raise ValueError(f"{uri} is not published: finish it with the same `meddam caption` command")
         for file in files:
             captions = [from_row(Caption, row) for row in _read(file).to_pylist()]
-            measured = _measured(directory.uri, captions, _verdicts(directory, cfg.judging, file))
+            if cfg.hide_truth:
+                captions = [replace(c, labels=[]) for c in captions]
+            measured = _measured(cfg, directory.uri, captions, _verdicts(directory, cfg.judging, file))
             for _, group in itertools.groupby(measured, key=lambda c: c.key[:2]):
                 samples = with_agreement(list(group))
                 for sample in samples:
@@ -213,9 +224,10 @@ def _verdicts(directory: RunDirectory, judging: str | None, file: str) -> dict[t
 
 
 def _measured(
-    run_uri: str, captions: Sequence[Caption], verdicts: dict[tuple[int, str, int], tuple[int, int]]
+    cfg: Config, run_uri: str, captions: Sequence[Caption], verdicts: dict[tuple[int, str, int], tuple[int, int]]
 ) -> list[Candidate]:
-    """Captions with verdicts and with what the lexical judge says of them against the region's own labels."""
+    """Captions with verdicts, with what the lexical judge says of them against the region's own labels, and what they
+    state where balance has no labels to go by."""
     from meddam_core.judging.lexical import LexicalJudge
     from qa_library.build import Settings, questions_of_image
     from qa_library.loader import load_library
@@ -231,14 +243,26 @@ def _measured(
         questions = questions_of_image(image, library, Settings()).questions
         for caption in members:
             right, asked = verdicts.get((caption.region_id, caption.prompt_id, caption.sample), (None, None))
+            template_set = library.find(image.dataset, image.modality)
             own = [q for q in questions if q.region_id == caption.region_id]
             answers = [judge.judge(q, caption.text or "").outcome for q in own] if caption.text else []
             found.append(
                 Candidate(caption=caption, run=run_uri, right=right, asked=asked,
                           truth_right=answers.count("correct") if answers else None,
-                          truth_asked=sum(a != "unscored" for a in answers) if answers else None)
+                          truth_asked=sum(a != "unscored" for a in answers) if answers else None,
+                          stated=_stated(template_set, caption.text or "") if cfg.balance else {})
             )  # fmt: skip
     return found
+
+
+def _stated(template_set: Any, text: str) -> dict[str, str]:
+    """The value of each exclusive attribute that a caption states."""
+    from meddam_core.judging.statements import statements
+
+    if template_set is None:
+        return {}
+    kinds = {a.id for a in template_set.attributes if a.kind == "choice"}
+    return {name: next(iter(v)) for name, v in statements(template_set, text).items() if name in kinds}
 
 
 def _kept_schema() -> pa.Schema:

@@ -170,6 +170,8 @@ def _fingerprint(cfg: Config, source: Source, secret: bytes | None) -> str:
     if cfg.recipe != AUTO:
         get_recipe(cfg.recipe)
     settings = cfg.model_dump(mode="json", exclude={"out", "secret_file", "num_cpus"})
+    if cfg.labels:  # sets that were made before it could be said keep their fingerprint
+        del settings["labels"]
     keyed = keyed_hash(secret, "fingerprint") if secret else None
     facts = [VERSION, SCHEMA_VERSION, type(cfg).__name__, settings, source.fingerprint(), keyed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -213,7 +215,7 @@ def _rules(cfg: Config, source: Source, secret: bytes | None) -> RowRules:
         dataset=cfg.dataset or source.dataset, licence=cfg.licence or source.licence,
         egress=cfg.egress or source.egress, recipe=cfg.recipe, seed=cfg.seed, max_regions=cfg.max_regions,
         pixels_cleared=cfg.pixels_cleared, image_secret=secret or _salt(cfg.out), patient_secret=secret,
-        limits=Limits(max_pixels=cfg.max_pixels),
+        limits=Limits(max_pixels=cfg.max_pixels), labels=cfg.labels,
     )  # fmt: skip
 
 

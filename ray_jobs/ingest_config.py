@@ -45,6 +45,8 @@ class Config(BaseModel):
     """Folder of a SAM, SAM 2 or MedSAM checkpoint: regions that have a box but no mask get one from it."""
     splits: str | None = None
     """Deal all images new splits, such as train=0.8,test=0.2: one patient, one split; near-duplicates too."""
+    labels: bool = True
+    """Whether rows carry what is known about images and regions; --no-labels makes shards that nobody can peek at."""
     seed: int = 0
     """Of the choice of regions, and of the splits that are dealt."""
     pixels_cleared: bool = False

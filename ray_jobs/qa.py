@@ -3,6 +3,7 @@
     meddam qa lint                                          # faults of the question library
     meddam qa show lidc_idri margin                         # an attribute: its questions, values and words
     meddam qa build s3://bucket/vindr --out s3://bucket/questions
+    meddam qa build s3://bucket/runs/one --consensus --out s3://bucket/agreed   # no labels: what captions agree on
 
 `build` reads labels and boxes, never pixels, a shard at a time in a process a core. Each shard gives one file of
 questions whose content follows from the shard, the library and the seed alone; summary.json, which counts what was not
@@ -15,6 +16,7 @@ the one that `--window` forces on a run, or the row's own.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections import Counter
@@ -22,7 +24,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
-from typing import Any
+from operator import itemgetter
+from typing import Any, Literal
 
 import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field
@@ -30,10 +33,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from meddam_core import storage
 from meddam_core.datasets.recipes import get_recipe
 from meddam_core.imaging.windows import PRESETS, THREE_WINDOW
+from meddam_core.judging.statements import consensus
 from meddam_core.records import Image, Label, Region, Window
 from meddam_core.shards import read_shard
 from qa_library.build import ImageRow, Settings, questions_of_image
-from qa_library.loader import load_library
+from qa_library.loader import Library, load_library
 from qa_library.schema import Rendering
 from ray_jobs.fingerprint import differences, inputs_digest
 from ray_jobs.question_files import SUMMARY, write_questions
@@ -41,8 +45,12 @@ from ray_jobs.run_directory import RUN, RunDirectory
 from ray_jobs.snapshot import snapshot
 
 COLUMNS = ["image_id", "image_key", "dataset", "recipe", "modality", "window", "width", "height", "regions", "labels"]
+CAPTIONS = "/captions/gen="
+"""Part of the path of a run's published captions, which no shard has."""
 RUN_COLUMNS = ["image_id", "dataset", "modality", "recipe", "region_id", "box", "labels"]
 """What questions depend on; the pictures stay where they are."""
+CONSENSUS_COLUMNS = [c for c in RUN_COLUMNS if c != "labels"] + ["status", "text"]
+"""With --consensus: what is known of a region is not even read."""
 
 
 class Config(BaseModel):
@@ -68,6 +76,10 @@ class Config(BaseModel):
     """Template set by dataset, where the dataset's name alone does not tell: {my-set: vindr_cxr}."""
     library: str | None = None
     """Folder of a lab's own templates, added to the shipped ones."""
+    consensus: bool = False
+    """Runs only: take for a region's labels what most of its captions state; its own labels are not read."""
+    wording: Literal["usual", "held-out"] = "usual"
+    """held-out: ask in words that are kept for tests."""
     num_cpus: int | None = Field(None, ge=1)
     """Processes at once; by default one a core."""
 
@@ -127,6 +139,8 @@ def _about(reason: str, what: str) -> str:
 def run(cfg: Config) -> Summary:
     """Writes the table. Raises ValueError where the shards, the library or an earlier table at `out` do not fit."""
     sources, digest = _sources(cfg.shards)
+    if cfg.consensus and not all(CAPTIONS in s for s in sources):
+        raise ValueError("--consensus is about what captions say: give finished runs of `meddam caption`, no shards")
     fingerprint = _fingerprint(cfg, digest)
     earlier = storage.join(cfg.out, SUMMARY)
     if storage.exists(earlier):
@@ -159,11 +173,11 @@ def _build_shard(job: tuple[Config, str, str]) -> Counter[tuple[str, str, str]]:
     library = load_library(cfg.library)
     settings = Settings(
         seed=cfg.seed, max_positives=cfg.max_positives, min_trust=cfg.min_trust, scale_given=cfg.scale_given,
-        template_sets=cfg.template_sets,
+        template_sets=cfg.template_sets, held_out=cfg.wording == "held-out",
     )  # fmt: skip
     counts: Counter[tuple[str, str, str]] = Counter()
     questions = []
-    for image in _images(shard):
+    for image in _agreed(shard, library, cfg.template_sets) if cfg.consensus else _images(shard):
         shown = rendering(image, cfg.window)
         known = replace(settings, renderings={image.recipe: shown}) if shown else settings
         table = questions_of_image(image, library, known)
@@ -210,22 +224,44 @@ class _Captioned:
 
 def _images(source: str) -> Iterator[Image | _Captioned]:
     """The labelled rows of a shard, or of a file of published captions."""
-    if "/captions/gen=" not in source:
+    if CAPTIONS not in source:
         yield from read_shard(source, columns=COLUMNS, batch_rows=256)
         return
-    fs, path = storage.open_uri(source)
-    image: _Captioned | None = None
-    for batch in pq.ParquetFile(fs.open_input_file(path)).iter_batches(4096, columns=RUN_COLUMNS):
-        for row in batch.to_pylist():  # the captions of an image stand together, and those of a region
-            if image is None or image.image_id != row["image_id"]:
-                if image is not None:
-                    yield image
-                image = _Captioned(row["image_id"], row["dataset"], row["modality"], row["recipe"])
+    for rows in _by_image(source, RUN_COLUMNS):
+        image = _captioned(rows[0])
+        for row in rows:  # the captions of a region stand together
             if all(r.region_id != row["region_id"] for r in image.regions):
                 labels = [Label(**label) for label in row["labels"] or []]
                 image.regions.append(Region(region_id=row["region_id"], box=tuple(row["box"]), labels=labels))
-    if image is not None:
         yield image
+
+
+def _agreed(source: str, library: Library, template_sets: dict[str, str]) -> Iterator[_Captioned]:
+    """The captioned rows of a run, with what most captions of a region say for its labels."""
+    for rows in _by_image(source, CONSENSUS_COLUMNS):
+        image = _captioned(rows[0])
+        named = template_sets.get(image.dataset)
+        template_set = library.sets.get(named) if named else library.find(image.dataset, image.modality)
+        for region_id, found in itertools.groupby(rows, key=itemgetter("region_id")):
+            members = list(found)
+            said = [r["text"] for r in members if r["status"] == "ok" and r["text"]]
+            labels = consensus(template_set, said) if template_set is not None and said else []
+            image.regions.append(Region(region_id=region_id, box=tuple(members[0]["box"]), labels=labels))
+        yield image
+
+
+def _captioned(row: dict[str, Any]) -> _Captioned:
+    return _Captioned(row["image_id"], row["dataset"], row["modality"], row["recipe"])
+
+
+def _by_image(source: str, columns: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """The rows of each image of a file of published captions, which stand together."""
+    fs, path = storage.open_uri(source)
+    with fs.open_input_file(path) as stream:
+        batches = pq.ParquetFile(stream).iter_batches(4096, columns=columns)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        for _, members in itertools.groupby(rows, key=itemgetter("image_id")):
+            yield list(members)
 
 
 def rendering(image: ImageRow, window: str | None = None) -> Rendering | None:
@@ -248,7 +284,9 @@ def rendering(image: ImageRow, window: str | None = None) -> Rendering | None:
 def _fingerprint(cfg: Config, inputs: str) -> dict[str, Any]:
     if cfg.window is not None and cfg.window != THREE_WINDOW and cfg.window not in PRESETS:
         raise ValueError(f"there is no window {cfg.window!r}; use {THREE_WINDOW}, {', '.join(PRESETS)}")
-    names = ("seed", "max_positives", "min_trust", "scale_given", "window", "template_sets")
+    names = ["seed", "max_positives", "min_trust", "scale_given", "window", "template_sets"]
+    names += ["consensus"] if cfg.consensus else []  # older tables, which knew of neither, stay what they are
+    names += ["wording"] if cfg.wording != "usual" else []
     return {
         "inputs": inputs, "library": load_library(cfg.library).version,
         **json.loads(cfg.model_dump_json(include=set(names))),

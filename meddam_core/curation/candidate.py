@@ -9,8 +9,8 @@ Notes:
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from meddam_core.records import Caption
 
@@ -29,6 +29,8 @@ class Candidate:
     truth_right: int | None = None
     truth_asked: int | None = None
     agreement: float | None = None
+    stated: Mapping[str, str] = field(default_factory=dict)
+    """What the caption itself says, by attribute, where balance has no label to go by."""
 
     @property
     def key(self) -> tuple[int, str, int]:

@@ -43,7 +43,8 @@ class Rules:
     """Captions with the same words."""
     max_per_patient: int | None = None
     balance: tuple[str, ...] = ()
-    """Labels whose values are balanced: none is more than `balance_ratio` times as frequent as the rarest so far."""
+    """Labels whose values are balanced: none is more than `balance_ratio` times as frequent as the rarest so far.
+    Where a region has no such label, what the caption states counts."""
     balance_ratio: float = 3.0
 
 
@@ -168,7 +169,8 @@ def _balance(names: tuple[str, ...], ratio: float) -> Filter:
     counts: dict[str, Counter[str]] = {name: Counter() for name in names}
 
     def objection(candidate: Candidate) -> str | None:
-        values = {label.name: label.value for label in candidate.caption.labels if label.name in counts}
+        known = {label.name: label.value for label in candidate.caption.labels}
+        values = {n: v for n, v in {**candidate.stated, **known}.items() if n in counts}
         for name, value in values.items():
             seen = counts[name]
             rarest = min((n for v, n in seen.items() if v != value), default=0)

@@ -59,6 +59,8 @@ class RowRules:
     patient_secret: bytes | None = field(repr=False, default=None)
     """Key of the patient and study keys' hash; None leaves them out."""
     limits: Limits = field(default_factory=Limits)
+    labels: bool = True
+    """Whether rows carry labels; without them they decide nothing either, such as which regions are chosen."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +100,8 @@ def rows_of(
         if item.modality is not None or item.pixel_spacing_mm is not None:
             decoded = _overridden(decoded, item)
         recipe = _recipe(rules, item, decoded)
+        if not rules.labels:
+            item, given = replace(item, labels=[]), [replace(region, labels=[]) for region in given]
         regions, bad = _regions(given, (decoded.width, decoded.height), rules.limits)
         rejected += [_rejected(ordinal, key, problem) for problem in bad]
         if not regions and (given or item.problems):
