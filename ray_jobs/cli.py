@@ -51,6 +51,8 @@ from ray_jobs import (
     judge,
     judge_config,
     leaderboard,
+    loop,
+    loop_config,
     qa,
     report,
     stage_profile,
@@ -228,6 +230,10 @@ _job(
 _job(
     "finetune", finetune_config.Config, finetune.run, ["shards"], {"out": "-o", "model": "-m"},
     "Train a DAM on SHARDS and their captions. Run the same command again to resume.",
+)  # fmt: skip
+_job(
+    "loop", loop_config.Config, loop.run, [], {"out": "-o", "model": "-m"},
+    "Caption, judge, curate, finetune and benchmark, round after round. Run the same command again to resume.",
 )  # fmt: skip
 _dlc_bench = typer.Typer(help="DLC-Bench, the public benchmark, by its own rules.", no_args_is_help=True)
 app.add_typer(_dlc_bench, name="dlc-bench")

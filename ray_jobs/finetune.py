@@ -22,6 +22,7 @@ import runpy
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -98,7 +99,9 @@ def _open(cfg: Config, directory: RunDirectory) -> Spec:
     from meddam_core.training.data import CaptionTable, files_of_shards
 
     # captions are joined by region id; without a table two datasets may hold the same ids
-    shards = snapshot(cfg.shards) if cfg.captions else [s for uri in cfg.shards for s in snapshot([uri])]
+    named = Counter(cfg.shards)  # a folder named twice comes twice as often
+    shards = snapshot(list(named)) if cfg.captions else [s for uri in named for s in snapshot([uri])]
+    shards += [s for uri, times in named.items() for s in snapshot([uri]) * (times - 1)]
     captions = tuple(f for uri in cfg.captions for f in caption_files(uri))
     fingerprint = {
         "config": {k: v for k, v in cfg.model_dump(mode="json").items() if k not in FREE},

@@ -13,7 +13,8 @@ class Config(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
     shards: tuple[str, ...] = Field(min_length=1)
-    """Folders of image shards (or single .parquet files) to learn from, on S3 or disk."""
+    """Folders of image shards (or single .parquet files) to learn from, on S3 or disk; one named twice comes twice as
+    often."""
     out: str
     """Where checkpoints, curve and model go, on S3 or disk. Run again with the same to resume."""
     model: str

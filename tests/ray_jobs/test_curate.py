@@ -9,8 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from ray_jobs import curate, export
+from ray_jobs import curate, export, judge, qa
 from ray_jobs.finetune import caption_files
+from ray_jobs.judge_config import Config as JudgeConfig
+from ray_jobs.question_files import open_questions
+from tests.ray_jobs.made_lidc_rows import make_nodule_shards
 from tests.ray_jobs.made_shards import make_shards
 from tests.ray_jobs.test_captions_import import all_regions, imported
 
@@ -70,3 +73,44 @@ def test_what_a_rule_needs_is_said(run: str, tmp_path: Path) -> None:
         curate.run(curate.Config(runs=(run,), out=str(tmp_path), judging="mine"))
     with pytest.raises(ValueError, match="not published"):
         curate.run(curate.Config(runs=(str(tmp_path / "none"),), out=str(tmp_path)))
+
+
+@pytest.fixture(scope="module")
+def samples(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Three captions a nodule: two agree; the labels, which say something else, must not matter."""
+    folder = tmp_path_factory.mktemp("samples")
+    images = make_nodule_shards(folder / "set", 4)
+    said = ["A solid nodule with a sharp margin.", "A solid nodule with a sharp margin, round.", "A ground-glass mass."]
+    with (folder / "captions.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["region_id", "sample", "text"])
+        writer.writerows((r.region_id, s, text) for i in images for r in i.regions for s, text in enumerate(said))
+    imported(str(folder / "set"), folder / "captions.csv", folder / "run")
+    return str(folder / "run")
+
+
+def test_without_labels_captions_are_held_against_what_most_of_them_say(
+    samples: str, tmp_path: Path, ray_session: None
+) -> None:
+    table = str(tmp_path / "q")
+    with pytest.raises(ValueError, match="give finished runs"):
+        qa.run(qa.Config(shards=(str(Path(samples).parent / "set"),), out=table, consensus=True, num_cpus=1))
+    asked = qa.run(qa.Config(shards=(samples,), out=table, consensus=True, num_cpus=1))
+    assert asked.num_regions == 8
+    facts = {(q.attribute, q.value) for q in open_questions(table).all() if q.polarity == "positive"}
+    assert ("texture", "solid") in facts and ("margin", "sharp") in facts
+    assert not {a for a, _ in facts} & {"spiculation", "lobulation"}  # labels that no caption speaks of
+    judge.run(JudgeConfig(run=samples, questions=table, name="agreed", controls=("none",), num_cpus=2))
+    cfg = curate.Config(
+        runs=(samples,), out=str(tmp_path / "set"), judging="agreed", min_verdicts=0.9, hide_truth=True,
+        balance=("texture",), max_same_text=5,
+    )  # fmt: skip
+    summary = curate.run(cfg)
+    kept = pq.read_table(tmp_path / "set" / "captions").to_pylist()
+    assert {r["sample"] for r in kept} <= {0, 1}
+    assert all(r["labels"] == [] and r["truth_share"] is None for r in kept)
+    assert summary.dropped["best_of_samples"] == 16
+    assert summary.dropped["balance"] + summary.dropped.get("same_text", 0) + summary.num_kept == 8
+    assert "right, where truth is known</th>" in (tmp_path / "set" / "yield.html").read_text()
+    with pytest.raises(ValueError, match="--hide-truth hides"):
+        curate.Config(runs=(samples,), out="x", hide_truth=True, min_truth=0.5)

@@ -98,6 +98,14 @@ def test_what_decides_the_result_cannot_change(data: tuple[str, str], plain: Pat
         finetune.run(config(data, plain.parent / "none", split="nowhere"))
 
 
+def test_a_folder_named_twice_comes_twice_as_often(data: tuple[str, str], tmp_path: Path) -> None:
+    once, twice = (
+        finetune._open(config(data, out, shards=shards), finetune.RunDirectory(str(out))).files
+        for out, shards in ((tmp_path / "1", (data[0],)), (tmp_path / "2", (data[0], data[0])))
+    )
+    assert sorted(twice, key=str) == sorted([*once, *once], key=str)
+
+
 def test_a_ray_worker_learns_the_same(data: tuple[str, str], plain: Path, tmp_path: Path, ray_session: None) -> None:
     finetune.run(config(data, tmp_path / "ray", num_workers=1))
     assert losses(tmp_path / "ray") == pytest.approx(losses(plain), abs=1e-5)
