@@ -160,7 +160,7 @@ class Captioner:
             Request(
                 request_id=f"{entry.region.region_id}/{prompt.id}/{sample}/{id(entry):x}",
                 views_N8SS=entry.views_N8SS,
-                query=prompt.text,
+                query=prompt.about(entry.region.labels),
                 sampling=replace(self.sampling, seed=caption_seed(self.sampling.seed, entry.region, prompt, sample)),
             )
             for entry in regions

@@ -53,6 +53,7 @@ from ray_jobs import (
     leaderboard,
     loop,
     loop_config,
+    prefer,
     qa,
     report,
     stage_profile,
@@ -222,6 +223,10 @@ _job("list", captions_import.ListConfig, captions_import.list_regions, ["shards"
 _job(
     "curate", curate.Config, curate.run, ["runs"], {"out": "-o"},
     "Choose training data from the captions of RUNS; every caption dropped says why.",
+)  # fmt: skip
+_job(
+    "prefer", prefer.Config, prefer.run, ["run"], {"model": "-m"},
+    "Have a judge choose the best of each region's samples, two at a time in both orders, for `meddam curate`.",
 )  # fmt: skip
 _job(
     "export", export.Config, export.run, ["source"], {"out": "-o", "format": "-f"},

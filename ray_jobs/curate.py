@@ -34,11 +34,13 @@ from meddam_core.curation.filters import Drop, Rules, filters_of, passing
 from meddam_core.curation.licences import licence_of_model
 from meddam_core.records import Caption, arrow_schema, from_row, to_row
 from meddam_core.reports.yield_report import yield_report
+from ray_jobs.prefer import choices_of
 from ray_jobs.run_directory import RUN, RunDirectory
 
 CURATION, CAPTIONS, DROPPED, PAGE = "curation.json", "captions", "dropped", "yield.html"
 ROWS_PER_PART = 50_000
-_LINEAGE = [("run", pa.string()), ("weights_licence", pa.string()), ("judge", pa.string()), ("agreement", pa.float32()),
+_LINEAGE = [("asked_with", pa.string()), ("run", pa.string()), ("weights_licence", pa.string()),
+            ("judge", pa.string()), ("chosen_by", pa.string()), ("agreement", pa.float32()),
             ("verdict_share", pa.float32()), ("truth_share", pa.float32())]  # fmt: skip
 _DROPPED = pa.schema(
     [("run", pa.string()), ("region_id", pa.int64()), ("prompt_id", pa.string()), ("sample", pa.int32()),
@@ -75,6 +77,8 @@ class Config(BaseModel):
     """Share of word triples that may be repeated."""
     best_of_samples: bool = True
     """Keep only the best of the samples of a region and prompt."""
+    choice: str | None = None
+    """The best is the one that a judge chose pairwise: name of the choices of the runs (`meddam prefer`)."""
     max_same_text: int | None = Field(None, ge=1)
     """Captions with the same words, at most."""
     max_per_patient: int | None = Field(None, ge=1)
@@ -84,6 +88,8 @@ class Config(BaseModel):
     balance_ratio: float = Field(3.0, ge=1)
     """How much more frequent one value may be than another."""
 
+    as_prompt: str | None = None
+    """The prompt that the chosen captions are to answer, where another one made them (kept in asked_with)."""
     hide_truth: bool = False
     """Do not look at the regions' own labels, neither for a filter nor for the page: as if nobody knew them."""
 
@@ -186,6 +192,7 @@ def _candidates(cfg: Config, tally: _Tally, note: Any) -> Iterator[Candidate]:
             captions = [from_row(Caption, row) for row in _read(file).to_pylist()]
             if cfg.hide_truth:
                 captions = [replace(c, labels=[]) for c in captions]
+            chosen = choices_of(directory, cfg.choice, file) if cfg.choice is not None else None
             measured = _measured(cfg, directory.uri, captions, _verdicts(directory, cfg.judging, file))
             for _, group in itertools.groupby(measured, key=lambda c: c.key[:2]):
                 samples = with_agreement(list(group))
@@ -193,9 +200,13 @@ def _candidates(cfg: Config, tally: _Tally, note: Any) -> Iterator[Candidate]:
                     tally.saw(sample)
                 usable = [s for s in samples if s.caption.status == "ok" and s.caption.text]
                 best = best_of(usable or samples) if cfg.best_of_samples else None
+                if chosen is not None:
+                    best = next(s for s in samples if s.key[2] == chosen[s.key[:2]])
                 for sample in samples:
                     if best is None or sample is best:
                         yield sample
+                    elif chosen is not None:
+                        note(Drop(sample, "pairwise", f"the judge of {cfg.choice} chose another sample"))
                     else:
                         note(Drop(sample, "best_of_samples", "another sample of this region and prompt is better"))
 
@@ -272,8 +283,10 @@ def _kept_schema() -> pa.Schema:
 
 
 def _kept_row(candidate: Candidate, cfg: Config) -> dict[str, Any]:
+    asked_with = candidate.caption.prompt_id
     return {
-        **to_row(candidate.caption), "run": candidate.run, "judge": cfg.judging, "agreement": candidate.agreement,
+        **to_row(candidate.caption), "prompt_id": cfg.as_prompt or asked_with, "asked_with": asked_with,
+        "run": candidate.run, "judge": cfg.judging, "chosen_by": cfg.choice, "agreement": candidate.agreement,
         "weights_licence": licence_of_model(candidate.caption.model), "verdict_share": candidate.verdict_share,
         "truth_share": candidate.truth_share,
     }  # fmt: skip

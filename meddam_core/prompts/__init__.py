@@ -3,6 +3,7 @@
     load_prompt("meddam-v1")                        the MedDAM-prompt (Figure 2 of the paper, in our own wording)
     load_prompt("meddam-v1-lung-ct+sentence")       an expert variant, answered in one sentence
     load_prompt("meddam-v1-lung-ct+knowledge")      with descriptions of the visual attributes as background
+    load_prompt("meddam-known-v1")                  tells the model what is known of the region, and asks for the rest
     load_prompt("my_prompt.txt")                    any text file; its id is its name and a hash of its content
 
 Notes:
@@ -11,17 +12,22 @@ Notes:
 - A text holds one `<image>` for each view given to the model: one for an image, eight for a video prompt. A text
   without any gets "<image>" and a line break in front.
 - The knowledge describes the whole vocabulary of a modality, never the label of the region at hand.
+- Only a text with `{known}` is told the labels of the region at hand: to make data of keywords, never to be scored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
 
 IMAGE_TOKEN = "<image>"
+KNOWN = "{known}"
+"""Where a prompt tells what is known of the region."""
+_PRESENT, _ABSENT, _UNDECIDED = ("present", "yes", "true"), ("absent", "no", "none", "false"), ("undecided", "unknown")
 VIDEO_VIEWS = 8
 
 Length = Literal["keyword", "phrase", "sentence", "paragraph"]
@@ -31,6 +37,15 @@ DEFAULT_LENGTH: Length = "paragraph"
 
 _FOLDER = Path(__file__).parent
 _KNOWLEDGE = "knowledge"
+
+
+class KnownLabel(Protocol):
+    """A label as rows carry it (meddam_core.records.Label)."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def value(self) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +61,22 @@ class Prompt:
     def num_views(self) -> int:
         """How many views the text asks for: 1 for an image, 8 for a video prompt."""
         return self.text.count(IMAGE_TOKEN)
+
+    @property
+    def tells_known(self) -> bool:
+        """Whether the text tells the region's own labels."""
+        return KNOWN in self.text
+
+    def about(self, labels: Sequence[KnownLabel]) -> str:
+        """The text for one region: with its labels where it has a place for them, those that are undecided left out."""
+        if not self.tells_known:
+            return self.text
+        said = [
+            f"no {label.name}" if label.value in _ABSENT else label.name if label.value in _PRESENT
+            else f"{label.name} {label.value}"
+            for label in labels if label.value not in _UNDECIDED
+        ]  # fmt: skip
+        return self.text.replace(KNOWN, ", ".join(s.replace("_", " ") for s in said) or "nothing")
 
 
 def load_prompt(prompt: str | Path) -> Prompt:

@@ -45,6 +45,10 @@ class Texts:
         videos = [p.id for p in loaded if p.num_views != 1]
         if videos or not loaded:
             raise ValueError(f"training takes prompts with one <image>; {', '.join(videos) or 'none'} was given")
+        if told := [p.id for p in loaded if p.tells_known]:
+            raise ValueError(
+                f"{', '.join(told)} tells the model what it is to learn; train with a prompt that does not"
+            )
         return Texts(loaded, source)
 
     def choose(self, example: Example, rng: np.random.Generator) -> tuple[str, str]:
@@ -74,8 +78,9 @@ def length_of(prompt_id: str) -> Length:
 
 @cache
 def _prompt_text(prompt_id: str) -> str | None:
-    """The text of a shipped prompt; None for one that was a file, whose text only its run knows."""
+    """The text of a shipped prompt; None for one that was a file, whose text only its run knows, or told the labels."""
     try:
-        return load_prompt(prompt_id).text
+        prompt = load_prompt(prompt_id)
     except ValueError:
         return None
+    return None if prompt.tells_known else prompt.text

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from meddam_core.prompts import LENGTHS, list_prompts, load_prompt
+from meddam_core.records import Label
+from meddam_core.training.texts import Texts
 
 ORACLE = Path(__file__).parents[2] / "data" / "oracle" / "dam_tiny"
 
@@ -27,7 +29,7 @@ def test_every_shipped_prompt_is_ready_to_use() -> None:
     assert len({p.id for p in prompts}) == len(prompts) == len({p.version for p in prompts}) >= 9
     for prompt in prompts:
         assert prompt.num_views in (1, 8)
-        assert "{" not in prompt.text
+        assert ("{" in prompt.text) == prompt.tells_known == (prompt.id == "meddam-known-v1")
         assert prompt.text == prompt.text.strip()
         assert load_prompt(prompt.id) == prompt
 
@@ -95,3 +97,15 @@ def test_bad_files_are_refused_with_their_name(tmp_path: Path, content: bytes) -
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"p\.txt"):
         load_prompt(file)
+
+
+def test_only_one_prompt_tells_what_is_known() -> None:
+    labels = [Label(name="Pleural effusion", value="present"), Label(name="Pneumothorax", value="absent"),
+              Label(name="Mass", value="undecided"), Label(name="part_of", value="left lung")]  # fmt: skip
+    text = load_prompt("meddam-known-v1").about(labels)
+    assert "known of it: Pleural effusion, no Pneumothorax, part of left lung.\n" in text
+    assert "Mass" not in text
+    assert "known of it: nothing." in load_prompt("meddam-known-v1+sentence").about([])
+    assert load_prompt("meddam-v1").about(labels) == load_prompt("meddam-v1").text
+    with pytest.raises(ValueError, match="tells the model what it is to learn"):
+        Texts.of(("meddam-v1", "meddam-known-v1"), "truth")
