@@ -24,6 +24,8 @@ from typing import Any
 import pyarrow.parquet as pq
 
 # -- what may be changed ----------------------------------------------------------------------------------------------
+MODEL = "tiny"
+"""From scratch; or a checkpoint folder."""
 LABELLED_IMAGES = 150
 UNLABELLED_IMAGES = 240
 DEVELOPMENT_IMAGES = 60
@@ -46,12 +48,13 @@ CAPTION: dict[str, Any] = {"temperature": 0.7, "max_new_tokens": 96}
 CURATE: dict[str, Any] = {"min_verdicts": 0.85, "min_logprob": -0.5}
 REPEAT_LABELLED = 1
 MINI: dict[str, Any] = {
-    "LABELLED_IMAGES": 12, "UNLABELLED_IMAGES": 9, "DEVELOPMENT_IMAGES": 6, "TEST_IMAGES": 9, "SAMPLES": 2,
-    "START": {**START, "max_steps": 12, "warmup_steps": 4, "batch_size": 8},
-    "FINETUNE": {**FINETUNE, "max_steps": 4, "warmup_steps": 2, "batch_size": 8},
-    "CAPTION": {**CAPTION, "max_new_tokens": 24}, "CURATE": {"min_words": 0, "max_repetition": 1.0},
+    "LABELLED_IMAGES": 3, "UNLABELLED_IMAGES": 3, "DEVELOPMENT_IMAGES": 3, "TEST_IMAGES": 3, "SAMPLES": 2, "ROUNDS": 1,
+    "PAINTED": {"size": 512, "max_lesions": 2, "distractors": False},
+    "START": {"max_steps": 2, "learning_rate": 1e-4, "warmup_steps": 1, "batch_size": 2},
+    "FINETUNE": {"max_steps": 2, "learning_rate": 1e-4, "warmup_steps": 1, "batch_size": 2},
+    "CAPTION": {"temperature": 0.5, "max_new_tokens": 40}, "CURATE": {"min_verdicts": 0.01},
 }  # fmt: skip
-"""What --mini changes: enough to see every stage run, not to learn anything."""
+"""What --mini changes, beside starting from the packaged model: every stage runs, and nothing is learnt."""
 # ---------------------------------------------------------------------------------------------------------------------
 
 
@@ -81,7 +84,7 @@ def loop_config(folder: Path, sets: dict[str, str]) -> Any:
     from ray_jobs.loop_config import Config
 
     return Config(
-        out=str(folder / "loop"), model="tiny", labelled=(sets["labelled"],), unlabelled=(sets["unlabelled"],),
+        out=str(folder / "loop"), model=MODEL, labelled=(sets["labelled"],), unlabelled=(sets["unlabelled"],),
         development=(sets["development"],), test=(sets["test"],), arms=ARMS, max_rounds=ROUNDS, patience=ROUNDS,
         repeat_labelled=REPEAT_LABELLED, start={**TRAINING, **START}, finetune={**TRAINING, **FINETUNE},
         caption={"num_samples": SAMPLES, **CAPTION}, curate=CURATE, same_judge=True, seed=SEED, num_cpus=2,
@@ -163,7 +166,9 @@ def main() -> None:
     parser.add_argument("--mini", action="store_true", help="a few steps on a few pictures")
     args = parser.parse_args()
     if args.mini:
-        globals().update(MINI)
+        from meddam_core.models import default_model
+
+        globals().update(MINI, MODEL=str(default_model()))
     from ray_jobs import loop
     from ray_jobs.session import session
 

@@ -128,12 +128,10 @@ def _open(cfg: Config, directory: RunDirectory) -> LoopState:
             f"the test of {cfg.out} has been read: to go on with other rules would be to choose by it. Begin another "
             "loop, with another test set"
         )
-    state.config, state.state, state.why = cfg.model_dump(mode="json"), _unless_complete(state), None
+    state.config, state.why = cfg.model_dump(mode="json"), None
+    if state.state != "complete":
+        state.state = "running"
     return state
-
-
-def _unless_complete(state: LoopState) -> str:
-    return "complete" if state.state == "complete" else "running"
 
 
 def _remarks(cfg: Config) -> list[str]:

@@ -7,8 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from meddam_core import storage
-from ray_jobs import benchmark, curate, qa
+from ray_jobs import benchmark, qa
 from ray_jobs.caption_config import Config as CaptionConfig
+from ray_jobs.curate import Config as CurateConfig
 from ray_jobs.finetune_config import Config as FinetuneConfig
 from ray_jobs.judge_config import Config as JudgeConfig
 from ray_jobs.judges import judge_id
@@ -148,11 +149,11 @@ class Config(BaseModel):
             JudgeConfig, settings, "judge", run=run, questions=questions, name=JUDGING, num_cpus=self.num_cpus
         )
 
-    def curating(self, run: str, out: str, arm: Arm) -> curate.Config:
+    def curating(self, run: str, out: str, arm: Arm) -> CurateConfig:
         """What is chosen of a round's captions."""
         chosen = arm == "curated"
         return _checked(
-            curate.Config, self.curate if chosen else EVERYTHING, "curate", runs=(run,), out=out,
+            CurateConfig, self.curate if chosen else EVERYTHING, "curate", runs=(run,), out=out,
             judging=JUDGING if chosen and self.judges_pool else None,
             hide_truth=self.pool_labels == "hidden" or not chosen,
         )  # fmt: skip
