@@ -56,6 +56,7 @@ from ray_jobs import (
     prefer,
     qa,
     report,
+    shorten,
     stage_profile,
     status,
     withdraw,
@@ -227,6 +228,10 @@ _job(
 _job(
     "prefer", prefer.Config, prefer.run, ["run"], {"model": "-m"},
     "Have a judge choose the best of each region's samples, two at a time in both orders, for `meddam curate`.",
+)  # fmt: skip
+_job(
+    "shorten", shorten.Config, shorten.run, ["source"], {"out": "-o", "model": "-m"},
+    "Add shorter forms of its captions to a curated set, by rule or by a language model whose words are checked.",
 )  # fmt: skip
 _job(
     "export", export.Config, export.run, ["source"], {"out": "-o", "format": "-f"},

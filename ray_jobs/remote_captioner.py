@@ -21,7 +21,7 @@ from meddam_core.judging.llm import JudgeCallError, complete, make_client
 from meddam_core.prompts import Prompt
 from meddam_core.records import Egress
 from ray_jobs.caption_config import Config
-from ray_jobs.judge_calls import RetryRules
+from ray_jobs.judge_calls import Prices, RetryRules
 from ray_jobs.judges import ActorPermits
 from ray_jobs.permits import Grant, Settled
 
@@ -38,6 +38,7 @@ class PermittedChat:
     model: str
     permits: ActorPermits
     rules: RetryRules = field(default_factory=RetryRules)
+    prices: Prices = field(default_factory=Prices)
 
     async def complete(self, messages: list[dict[str, Any]], sampling: Sampling) -> ChatReply:
         """One reply. Raises ChatFailed; it holds nothing of what was sent."""
@@ -46,12 +47,13 @@ class PermittedChat:
             "temperature": sampling.temperature, "top_p": sampling.top_p, "seed": sampling.seed % (1 << 31),
         }  # fmt: skip
         pictures = sum(p["type"] == "image_url" for p in messages[0]["content"])
-        reserve = TOKENS_A_PICTURE * pictures + sampling.max_new_tokens + 400
+        asked = TOKENS_A_PICTURE * pictures + 400
+        reserve = asked + sampling.max_new_tokens
         failures: Counter[str] = Counter()
         while True:
-            grant = await self.permits.acquire(reserve, 0.0)
+            grant = await self.permits.acquire(reserve, self.prices.cost(asked, sampling.max_new_tokens))
             if not isinstance(grant, Grant):
-                raise ChatFailed(grant.why)
+                raise ChatFailed(grant.why, stops=grant.stops)
             try:
                 async with asyncio.timeout(self.rules.timeout_s + 5):
                     completion, headers = await complete(self.client, request)
@@ -62,8 +64,11 @@ class PermittedChat:
             else:
                 reply = _reply(completion)
                 used = float(reply.num_prompt_tokens + reply.num_reply_tokens) or None
-                await self.permits.settle([Settled(id=grant.id, ending="answered", tokens=used, replied_ago_s=0.0,
-                                                   remaining=headers.remaining, reset_s=headers.reset_s)])  # fmt: skip
+                usd = self.prices.cost(reply.num_prompt_tokens, reply.num_reply_tokens) if used else None
+                await self.permits.settle([
+                    Settled(id=grant.id, ending="answered", tokens=used, usd=usd, replied_ago_s=0.0,
+                            remaining=headers.remaining, reset_s=headers.reset_s)
+                ])  # fmt: skip
                 return reply
             limited = error.kind == "rate limit"
             await self.permits.settle([

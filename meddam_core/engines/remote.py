@@ -70,7 +70,14 @@ class ChatReply:
 
 
 class ChatFailed(RuntimeError):
-    """No reply, as often as is worth trying. Its text holds nothing of what was sent."""
+    """No reply, as often as is worth trying. Its text holds nothing of what was sent.
+
+    `stops` tells whether the job must end: the budget is spent, or the endpoint is down.
+    """
+
+    def __init__(self, why: str, stops: bool = False) -> None:
+        self.stops = stops
+        super().__init__(why)
 
 
 class Chat(Protocol):

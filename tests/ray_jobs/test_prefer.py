@@ -1,4 +1,4 @@
-"""`meddam prefer`: choices among samples by a judge, resumed, kept within a budget, and used by `meddam curate`."""
+"""`meddam prefer` and `meddam shorten`: choices among samples by a judge, and captions in several lengths."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ray_jobs import curate, prefer
+from meddam_core.training.data import CaptionTable
+from ray_jobs import curate, prefer, shorten
 from ray_jobs.cli import main
+from ray_jobs.finetune import caption_files
 from tests.faults.quota_server import Quota, QuotaServer, Seen
 from tests.ray_jobs.made_lidc_rows import make_nodule_shards
 from tests.ray_jobs.test_captions_import import imported
@@ -88,3 +90,37 @@ def test_what_cannot_work_is_said(run: str, tmp_path: Path, monkeypatch: pytest.
         curate.run(curate.Config(runs=(run,), out=str(tmp_path / "x"), choice="mine"))
     with pytest.raises(ValueError, match="not published"):
         prefer.run(prefer.Config(run=str(tmp_path / "none")))
+
+
+class Summarising(QuotaServer):
+    """Shortens to the same words whatever the caption was."""
+
+    says = "A solid nodule."
+
+    def text(self, asked: dict[str, Any], seen: Seen) -> str:
+        return self.says
+
+
+def test_a_set_in_several_lengths(run: str, tmp_path: Path) -> None:
+    chosen_set, lengths = str(tmp_path / "set-1"), ("sentence", "keyword")
+    curate.run(curate.Config(runs=(run,), out=chosen_set, best_of_samples=False, max_same_text=1))
+    by_rule = shorten.run(shorten.Config(source=chosen_set, out=str(tmp_path / "rule"), lengths=lengths))
+    assert by_rule.num_captions == 3
+    assert by_rule.added["keyword"] > 0
+    table = CaptionTable.read(caption_files(str(tmp_path / "rule")))
+    assert len(table.texts) == 3 + sum(by_rule.added.values())
+    assert json.loads((tmp_path / "rule/curation.json").read_text())["shortened"]["by"] == "rule"
+    assert shorten.run(shorten.Config(source=chosen_set, out=str(tmp_path / "rule"), lengths=lengths)) == by_rule
+    with pytest.raises(ValueError, match="begun with other settings"):
+        shorten.run(shorten.Config(source=chosen_set, out=str(tmp_path / "rule")))
+    with Summarising(Quota(None, latency_s=(0.0, 0.0))) as server:
+        cfg = shorten.Config(
+            source=chosen_set, out=str(tmp_path / "llm"), lengths=("sentence",), by="llm", model="m",
+            base_url=server.url, retention="inside", api_key_env="NO",
+        )  # fmt: skip
+        found = shorten.run(cfg)
+        assert len(server.seen) == 3
+        assert found.added["sentence"] + sum(found.dropped.values()) == 3
+        assert any("otherwise than the caption" in why for why in found.dropped)  # it was no nodule that was solid
+        assert shorten.run(cfg) == found
+        assert len(server.seen) == 3
