@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,7 @@ def main() -> None:
         from meddam_core.models import default_model
 
         globals().update(MINI, MODEL=str(default_model()))
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     from ray_jobs import loop
     from ray_jobs.session import session
 

@@ -29,8 +29,8 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core import storage
-from meddam_core.curation.pairwise import Tally, agreement_preference, best_by_pairs, both, pair_question
 from meddam_core.judging.egress import Retention
+from meddam_core.judging.pairwise import Tally, agreement_preference, best_by_pairs, both, pair_question
 from qa_library.loader import load_library
 from ray_jobs.fingerprint import differences
 from ray_jobs.judge_calls import JudgeStopped

@@ -28,12 +28,12 @@ import pyarrow.parquet as pq
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core import __version__, storage
-from meddam_core.curation.lengths import MAX_WORDS, SHORTER, instruction, shorter, unfaithful
 from meddam_core.engines.base import Sampling
 from meddam_core.engines.remote import ChatFailed
 from meddam_core.judging.budget import Limits
 from meddam_core.judging.egress import Endpoint, Retention
 from meddam_core.judging.llm import make_client, quotable
+from meddam_core.judging.summaries import MAX_WORDS, SHORTER, instruction, shorter, unfaithful
 from meddam_core.prompts import Length
 from qa_library.loader import load_library
 from ray_jobs.curate import CAPTIONS, CURATION, DROPPED

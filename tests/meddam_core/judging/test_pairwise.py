@@ -7,7 +7,8 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from meddam_core.curation.pairwise import (
+from meddam_core.judging.llm import messages
+from meddam_core.judging.pairwise import (
     FIRST,
     NEITHER,
     SECOND,
@@ -17,7 +18,6 @@ from meddam_core.curation.pairwise import (
     both,
     pair_question,
 )
-from meddam_core.judging.llm import messages
 from qa_library import load_library
 
 Prefer = Callable[[str, str], Awaitable[str | None]]

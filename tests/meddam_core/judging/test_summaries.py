@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from meddam_core.curation.lengths import MAX_WORDS, SHORTER, instruction, shorter, unfaithful
 from meddam_core.datasets.phantoms.captions import grammars, worded
 from meddam_core.datasets.phantoms.phantom import make_phantom
+from meddam_core.judging.summaries import MAX_WORDS, SHORTER, instruction, shorter, unfaithful
 from meddam_core.prompts import Length
 from qa_library import load_library
 
