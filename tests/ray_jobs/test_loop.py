@@ -26,9 +26,9 @@ from tests.faults.processes import descendants, kill
 from tests.ray_jobs.made_shards import make_shards
 
 
-def config(out: Path, **changed: Any) -> Config:
+def config(place: Path, **changed: Any) -> Config:
     values = {
-        "out": str(out), "model": "m", "labelled": ["a"], "unlabelled": ["b"], "development": ["c"], "test": ["d"],
+        "out": str(place), "model": "m", "labelled": ["a"], "unlabelled": ["b"], "development": ["c"], "test": ["d"],
         "same_judge": True, **changed,
     }  # fmt: skip
     return build(Config, values)  # type: ignore[no-any-return]
@@ -40,7 +40,7 @@ def config(out: Path, **changed: Any) -> Config:
         ({"same_judge": False}, "another judge than the one that curates"),
         ({"model": "tiny"}, "knows nothing to begin with"),
         ({"caption": {"num_samples": 1}}, "needs verdicts on unlabelled regions"),
-        ({"caption": {"model": "x"}}, "the loop itself decides model"),
+        ({"caption": {"num_samples": 2, "model": "x"}}, "the loop itself decides model"),
         ({"finetune": {"steps": 3}}, "finetune: steps"),
         ({"curate": {"min_truth": 0.5}}, "--hide-truth hides"),
         ({"arms": ["curated", "curated"]}, "each arm once"),
@@ -54,9 +54,8 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_done(
         config(tmp_path / "out", **changes)
 
 
-def test_another_judge_may_read_the_test(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "none")
-    llm = {"judge": "llm", "models": ["m"], "base_urls": ["http://judge/v1"]}
+def test_another_judge_may_read_the_test(tmp_path: Path) -> None:
+    llm = {"judge": "llm", "models": ["m"], "base_urls": ["http://judge/v1"], "retention": "inside"}
     cfg = config(tmp_path, same_judge=False, test_judge=llm)
     assert loop._remarks(cfg) == []
     assert "One judge both curated" in loop._remarks(config(tmp_path))[0]
