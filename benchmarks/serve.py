@@ -1,11 +1,15 @@
 """The endpoint against the bare engine: same weights, same regions, same number of clients, same run.
 
-    python -m benchmarks.serve --model tests/data/oracle/dam_tiny/checkpoint --threads 1
-    python -m benchmarks.serve --engine benchmarks.waiting_engine:WaitingEngine --concurrency 1,64
+    python -m benchmarks.serve                                  # the small checkpoint on this processor
+    python -m benchmarks.serve --engines torch,waiting,slow     # beside it engines that only wait, as a GPU's host does
 
-`engine` is the engine's loop fed with prepared regions by as many threads as there are clients; `engine + reading` also
-decodes the picture and cuts the region out, in those threads; `endpoint` is HTTP through Ray Serve, from JSON to JSON.
-`first token` comes from a streamed run of its own. The clients run on the same machine and share its cores.
+Sides, which take turns: `batch` is the engine with all prepared regions at once; `engine` the same from as many threads
+as there are clients, one region at a time; `engine + reading` also decodes the picture and cuts the region out, in
+those threads; `endpoint` is HTTP through Ray Serve, from JSON to JSON. `first token` is of a streamed run of its own.
+
+Clients are on the same machine and share its cores. They are a few lines over sockets, so that what is measured is the
+server: OpenAI's client takes some two milliseconds of a processor a request, which is more than the whole way there
+and back. The processor times are those of each process during the endpoint's runs, divided by its requests.
 """
 
 from __future__ import annotations
@@ -14,29 +18,46 @@ import argparse
 import asyncio
 import base64
 import io
+import json
 import os
 import platform
 import socket
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-import httpx2
 import numpy as np
 from PIL import Image as PilImage
 
-from meddam_core.engines.base import Sampling
+from meddam_core.dam.config import read_config
+from meddam_core.engines import make_engine
+from meddam_core.engines.base import Request, Sampling
+from meddam_core.engines.loop import EngineLoop
 from ray_jobs.serve.config import Config
-from ray_jobs.serve.job import PROXY_CALLBACK, end, start
-from ray_jobs.serve.replica import make_service
+from ray_jobs.serve.job import end, set_environment, start
+from ray_jobs.serve.replica import model_folder
 from ray_jobs.serve.schema import ChatRequest
 from ray_jobs.serve.service import Service
 from ray_jobs.session import session
 
 QUESTION = "Describe the masked region in detail."
+ENGINES = {
+    "waiting": "benchmarks.waiting_engine:WaitingEngine",
+    "slow": "benchmarks.waiting_engine:SlowWaitingEngine",
+}
+ROLES = {
+    "ServeReplica": "replica",
+    "engines.apart": "its engine",
+    "ProxyActor": "proxy",
+    "ServeController": "controller",
+    "raylet": "raylet",
+    "gcs_server": "gcs",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,98 +90,185 @@ class Run:
 
 def main() -> None:
     args = _arguments()
-    cfg = Config(
-        model=args.model, port=_free_port(), engine=args.engine, num_threads=args.threads, device=args.device,
-        num_cpus=max(2, os.cpu_count() or 2), max_ongoing=4 * max(args.concurrency), dtype=args.dtype,
-    )  # fmt: skip
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}, "
-          f"{args.new_tokens} new tokens, pictures of {args.side} pixels")  # fmt: skip
+    set_environment()
+    print(f"{platform.processor() or platform.machine()}, {len(os.sched_getaffinity(0))} cores, load "
+          f"{os.getloadavg()[0]:.1f}, {args.threads} thread(s) of the engine, {args.new_tokens} new tokens, "
+          f"pictures of {args.side} pixels")  # fmt: skip
     bodies = [_body(number, args) for number in range(args.requests)]
-    service = make_service(cfg)
-    os.environ.setdefault(*PROXY_CALLBACK)
-    with session(cfg.num_cpus):
-        url = start(cfg)
-        runs = measure(service, url, bodies, args)
-        end()
-    service.describer.loop.close()
-    report(runs, args.concurrency)
+    with session(max(2, os.cpu_count() or 2)):
+        for name in args.engines:
+            cfg = Config(
+                model=args.model, port=_free_port(), engine=ENGINES.get(name, name), num_threads=args.threads,
+                device=args.device, max_ongoing=4 * max(args.concurrency), dtype=args.dtype,
+            )  # fmt: skip
+            sides = Sides(cfg, start(cfg), bodies, args)
+            runs = sides.measure()
+            end()
+            sides.loop.close()
+            report(name, runs, args.concurrency, sides.processor_ms)
 
 
-def measure(service: Service, url: str, bodies: list[dict[str, Any]], args: argparse.Namespace) -> list[Run]:
-    """Every side at every concurrency. The sides take turns: a busy machine slows all of them."""
-    loop = service.describer.loop
-    ready = [_request(service, body, args.new_tokens) for body in bodies]
+class Sides:
+    """The bare engine in this process, and the endpoint at `url`, over the same requests."""
 
-    def described(number: int) -> None:
-        given = ready[number]
-        loop.generate([service.describer.request(given.views_N8SS, given.query, given.sampling)])
+    def __init__(self, cfg: Config, url: str, bodies: list[dict[str, Any]], args: argparse.Namespace) -> None:
+        self._args = args
+        host, _, port = url.removeprefix("http://").rpartition(":")
+        self._address = (host, int(port))
+        self._bodies = bodies
+        self.loop = _bare_engine(cfg)
+        self._service = Service(cfg, self.loop, read_config(model_folder(cfg)).view.size, "bare")
+        self._ready = [self._request(body) for body in bodies]
+        self.processor_ms: dict[int, dict[str, float]] = {}
 
-    def read_and_described(number: int) -> None:
-        loop.generate([_request(service, bodies[number], args.new_tokens)])
+    def measure(self) -> list[Run]:
+        """Every side at every concurrency. The sides take turns: a busy machine slows all of them."""
+        self._described(0)
+        asyncio.run(self._ask(4, min(32, len(self._bodies)), False))
+        runs: dict[tuple[str, int], Run] = {}
+        for clients in self._args.concurrency:
+            for _ in range(self._args.rounds):
+                for run in (
+                    self._batch(clients),
+                    self._in_threads("engine", self._described, clients),
+                    self._endpoint(clients, False),
+                    self._in_threads("engine + reading", self._read_and_described, clients),
+                    self._endpoint(clients, True),
+                ):
+                    runs[run.what, clients] = run.joined(runs.get((run.what, clients)))
+        return list(runs.values())
 
-    described(0)
-    asyncio.run(_ask(url, bodies, 1, 4, False))
-    runs: dict[tuple[str, int], Run] = {}
-    for clients in args.concurrency:
-        for _ in range(args.rounds):
-            for run in (
-                _in_threads("engine", described, clients, args),
-                asyncio.run(_ask(url, bodies, clients, _count(clients, args), False)),
-                _in_threads("engine + reading", read_and_described, clients, args),
-                asyncio.run(_ask(url, bodies, clients, _count(clients, args), True)),
-            ):
-                runs[run.what, clients] = run.joined(runs.get((run.what, clients)))
-    return list(runs.values())
+    def _count(self, clients: int) -> int:
+        args = self._args
+        return max(args.requests, 4 * clients) if clients > 1 else min(args.requests, args.alone)
 
+    def _request(self, body: dict[str, Any]) -> Request:
+        """What the endpoint makes of a body, by the same code."""
+        asked = ChatRequest.model_validate(body)
+        url = body["messages"][0]["content"][0]["image_url"]["url"]
+        data = base64.b64decode(url.partition(",")[2])
+        describer = self._service.describer
+        (prepared,) = describer.one_region(data, asked, asked).prepared
+        assert prepared.views_N8SS is not None
+        sampling = Sampling(max_new_tokens=self._args.new_tokens)
+        return describer.request(prepared.views_N8SS, f"<image>\n{QUESTION}", sampling)
 
-def _count(clients: int, args: argparse.Namespace) -> int:
-    return max(args.requests, 4 * clients) if clients > 1 else min(args.requests, args.alone)
+    def _fresh(self, number: int) -> Request:
+        given = self._ready[number % len(self._ready)]
+        return self._service.describer.request(given.views_N8SS, given.query, given.sampling)
 
+    def _described(self, number: int) -> None:
+        self.loop.generate([self._fresh(number)])
 
-def _in_threads(what: str, work: Callable[[int], None], clients: int, args: argparse.Namespace) -> Run:
-    times: list[float] = []
+    def _read_and_described(self, number: int) -> None:
+        self.loop.generate([self._request(self._bodies[number % len(self._bodies)])])
 
-    def one(number: int) -> None:
+    def _batch(self, clients: int) -> Run:
+        requests = [self._fresh(n) for n in range(self._count(clients))]
         started = time.perf_counter()
-        work(number % args.requests)
-        times.append(time.perf_counter() - started)
+        self.loop.generate(requests)
+        wall_s = time.perf_counter() - started
+        return Run(what="batch", clients=clients, wall_s=wall_s, times_s=[wall_s] * len(requests), first_s=[])
 
-    with ThreadPoolExecutor(clients) as pool:
-        started = time.perf_counter()
-        list(pool.map(one, range(_count(clients, args))))
-        return Run(what=what, clients=clients, wall_s=time.perf_counter() - started, times_s=times, first_s=[])
+    def _in_threads(self, what: str, work: Callable[[int], None], clients: int) -> Run:
+        times: list[float] = []
 
-
-async def _ask(url: str, bodies: list[dict[str, Any]], clients: int, count: int, stream: bool) -> Run:
-    times: list[float] = []
-    firsts: list[float] = []
-    numbers = iter(range(count))
-
-    async def client(http: httpx2.AsyncClient) -> None:
-        for number in numbers:
-            body = {**bodies[number % len(bodies)], "stream": stream}
+        def one(number: int) -> None:
             started = time.perf_counter()
-            async with http.stream("POST", "/v1/chat/completions", json=body) as answer:
-                answer.raise_for_status()
-                waiting = stream
-                async for line in answer.aiter_lines():
-                    if waiting and '"content":"' in line and '"content":""' not in line:
-                        firsts.append(time.perf_counter() - started)
-                        waiting = False
+            work(number)
             times.append(time.perf_counter() - started)
 
-    limits = httpx2.Limits(max_connections=clients, max_keepalive_connections=clients)
-    async with httpx2.AsyncClient(base_url=url, timeout=300, limits=limits) as http:
+        with ThreadPoolExecutor(clients) as pool:
+            started = time.perf_counter()
+            list(pool.map(one, range(self._count(clients))))
+            return Run(what=what, clients=clients, wall_s=time.perf_counter() - started, times_s=times, first_s=[])
+
+    def _endpoint(self, clients: int, stream: bool) -> Run:
+        before = _processor_s()
+        run = asyncio.run(self._ask(clients, self._count(clients), stream))
+        if not stream:
+            after = _processor_s()
+            used = {role: 1000 * (after[role] - before.get(role, 0)) / len(run.times_s) for role in after}
+            self.processor_ms[clients] = used
+        return run
+
+    async def _ask(self, clients: int, count: int, stream: bool) -> Run:
+        messages = [_http({**body, "stream": stream}) for body in self._bodies]
+        times: list[float] = []
+        firsts: list[float] = []
+        numbers = iter(range(count))
+
+        async def client() -> None:
+            reader, writer = await asyncio.open_connection(*self._address)
+            for number in numbers:
+                started = time.perf_counter()
+                writer.write(messages[number % len(messages)])
+                first_s = await _answer(reader, stream)
+                times.append(time.perf_counter() - started)
+                if first_s is not None:
+                    firsts.append(first_s - started)
+            writer.close()
+
         started = time.perf_counter()
-        await asyncio.gather(*(client(http) for _ in range(clients)))
-        wall_s = time.perf_counter() - started
-    what = "endpoint, stream" if stream else "endpoint"
-    return Run(what=what, clients=clients, wall_s=wall_s, times_s=times, first_s=firsts)
+        await asyncio.gather(*(client() for _ in range(clients)))
+        what = "endpoint, stream" if stream else "endpoint"
+        return Run(
+            what=what, clients=clients, wall_s=time.perf_counter() - started, times_s=times, first_s=firsts
+        )  # fmt: skip
 
 
-def report(runs: list[Run], concurrency: list[int]) -> None:
-    """Prints the table and the two ratios that matter."""
-    print("\n| what | clients | regions/s | p50 ms | p95 ms | p99 ms | first token p50 ms |")
+def _bare_engine(cfg: Config) -> EngineLoop:
+    import torch
+
+    torch.set_num_threads(cfg.num_threads or 1)
+    device = "cuda" if cfg.device == "cuda" else "cpu"
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
+    return EngineLoop(make_engine(cfg.engine, model_folder(cfg), device=device, dtype=dtype)[0])
+
+
+def _http(body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = ["POST /v1/chat/completions HTTP/1.1", "Host: bench", "Content-Type: application/json"]
+    return "\r\n".join([*head, f"Content-Length: {len(content)}", "", ""]).encode() + content
+
+
+async def _answer(reader: asyncio.StreamReader, stream: bool) -> float | None:
+    """Reads one answer to its end; the time of its first text, of a stream. Raises RuntimeError unless it is 200."""
+    head = (await reader.readuntil(b"\r\n\r\n")).lower()
+    if not head.startswith(b"http/1.1 200"):
+        raise RuntimeError(head.decode("latin-1"))
+    if b"content-length: " in head:
+        await reader.readexactly(int(head.partition(b"content-length: ")[2].split(b"\r\n")[0]))
+        return None
+    first_s: float | None = None
+    while size := int(await reader.readline(), 16):
+        part = await reader.readexactly(size + 2)
+        if stream and first_s is None and b'"content":"' in part and b'"content":""' not in part:
+            first_s = time.perf_counter()
+    await reader.readexactly(2)
+    return first_s
+
+
+def _processor_s() -> dict[str, float]:
+    """Seconds of the processors used so far, by what a process is for."""
+    used: dict[str, float] = defaultdict(float)
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit():
+            continue
+        try:
+            line, stat = (entry / "cmdline").read_text(), (entry / "stat").read_text()
+        except OSError:
+            continue  # it ended meanwhile
+        role = "clients" if int(entry.name) == os.getpid() else next((r for k, r in ROLES.items() if k in line), None)
+        if role is not None:
+            fields = stat.rpartition(")")[2].split()
+            used[role] += (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+    return used
+
+
+def report(engine: str, runs: list[Run], concurrency: list[int], processor_ms: dict[int, dict[str, float]]) -> None:
+    """Prints the table and the ratios that matter."""
+    print(f"\n{engine}\n\n| what | clients | regions/s | p50 ms | p95 ms | p99 ms | first token p50 ms |")
     print("|---|---|---|---|---|---|---|")
     for run in runs:
         first = f"{1000 * statistics.median(run.first_s):.1f}" if run.first_s else ""
@@ -172,8 +280,12 @@ def report(runs: list[Run], concurrency: list[int]) -> None:
         endpoint = by["endpoint", clients]
         for side in ("engine", "engine + reading"):
             other = by[side, clients]
-            print(f"{clients} clients, against {side}: {endpoint.at(0.5) - other.at(0.5):+.1f} ms p50, "
+            print(f"{engine}, {clients} clients, against {side}: {endpoint.at(0.5) - other.at(0.5):+.1f} ms p50, "
                   f"throughput ratio {endpoint.per_s / other.per_s:.3f}")  # fmt: skip
+        print(f"{engine}, {clients} clients, against batch: throughput ratio "
+              f"{endpoint.per_s / by['batch', clients].per_s:.3f}")  # fmt: skip
+        spent = ", ".join(f"{role} {ms:.1f}" for role, ms in processor_ms[clients].items() if ms >= 0.05)
+        print(f"{engine}, {clients} clients, ms of a processor a request: {spent}")
 
 
 def _body(number: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -190,16 +302,6 @@ def _body(number: int, args: argparse.Namespace) -> dict[str, Any]:
     return {"model": "meddam", "messages": [{"role": "user", "content": content}], "max_tokens": args.new_tokens}
 
 
-def _request(service: Service, body: dict[str, Any], new_tokens: int) -> Any:
-    """What the endpoint makes of a body, by the same code."""
-    asked = ChatRequest.model_validate(body)
-    url = body["messages"][0]["content"][0]["image_url"]["url"]
-    data = base64.b64decode(url.partition(",")[2])
-    (prepared,) = service.describer.one_region(data, asked, asked).prepared
-    assert prepared.views_N8SS is not None
-    return service.describer.request(prepared.views_N8SS, f"<image>\n{QUESTION}", Sampling(max_new_tokens=new_tokens))
-
-
 def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -209,7 +311,8 @@ def _free_port() -> int:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tests/data/oracle/dam_tiny/checkpoint")
-    parser.add_argument("--engine", default="torch")
+    parser.add_argument("--engines", type=lambda text: text.split(","), default=["torch"],
+                        help="torch, mii, waiting (8 regions in 40 ms), slow (in 400 ms), module:Class")  # fmt: skip
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--threads", type=int, default=1)

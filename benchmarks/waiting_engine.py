@@ -80,6 +80,12 @@ def path_of(step_ms: int) -> str:
     return f"{__name__}:{ENGINES[step_ms].__name__}"
 
 
+class SlowWaitingEngine(WaitingEngine):
+    """8 regions in 400 ms: a larger model."""
+
+    step_s = 10 * STEP_S
+
+
 def _result(request: Request) -> Result:
     text = f"region {zlib.crc32(request.views_N8SS[:, :, ::16, ::16].tobytes()):08x}"
     return Result(request_id=request.request_id, text=text, token_ids=(0,) * 8, mean_logprob=-1.0, finish_reason="stop")

@@ -17,7 +17,7 @@ Arrays: R regions, 8 channels, S the model's input side.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -95,8 +95,13 @@ class RegionPreparer:
         self._check_egress(image)
         return self.prepare_rendered(image, render_shared(image, window=self.recipe(image).window))
 
-    def prepare_rendered(self, image: Image, image_HWC: NDArray[np.uint8]) -> list[PreparedRegion]:
-        """As `prepare`, for a row whose picture was rendered by its recipe's window: it needs no pixels of its own."""
+    def prepare_rendered(
+        self, image: Image, image_HWC: NDArray[np.uint8], masks: Mapping[int, NDArray[np.uint8]] | None = None
+    ) -> list[PreparedRegion]:
+        """As `prepare`, for a row whose picture was rendered by its recipe's window: it needs no pixels of its own.
+
+        masks: (H, W) masks by region id, of regions whose run lengths need not be read again.
+        """
         self._check_egress(image)
         recipe = self.recipe(image)
         focal, size = FocalImage(image_HWC, self.rules.size, recipe.aspect), (image.width, image.height)
@@ -106,7 +111,9 @@ class RegionPreparer:
                 if recipe.clip:
                     views_N8SS = clip_views(image, region, recipe, self.rules.size)
                 elif recipe.prompt == "mask" and region.mask is not None:
-                    mask_HW = region_prompt_mask(region, size, recipe.margin, recipe.prompt)
+                    mask_HW = (masks or {}).get(region.region_id)
+                    if mask_HW is None:
+                        mask_HW = region_prompt_mask(region, size, recipe.margin, recipe.prompt)
                     views_N8SS = focal.views(mask_HW)[None]
                 else:
                     views_N8SS = focal.box_views(with_margin(region.box, recipe.margin, size), size)[None]

@@ -18,7 +18,7 @@ Arrays: H, W rows and columns of the image; S the model's input side; C channels
 from __future__ import annotations
 
 import os
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -200,9 +200,14 @@ def _stretched_mask(mask_HW: NDArray[np.uint8], inner: Box, size: int) -> NDArra
     """(S, S): as PIL resizes the whole mask, doing only the part around `inner`, its tight box.
 
     PIL's filter is separable, with 8 bits in between, so it matters which axis it takes first; zeros stay zeros.
+    To ask PIL that costs more than a mask: a size that comes for the first time is resized whole.
     """
     height, width = mask_HW.shape
-    if not _takes_rows_first(width, height, size):
+    order = _order(width, height, size)
+    order.uses += 1
+    if order.uses == 1:
+        return _bicubic(_binary(mask_HW), size, size)
+    if not order.rows_first:
         turned = (inner[1], inner[0], inner[3], inner[2])
         return _stretched_rows_first(mask_HW.T, turned, size).T
     return _stretched_rows_first(mask_HW, inner, size)
@@ -222,7 +227,11 @@ def _stretched_rows_first(mask_HW: NDArray[np.uint8], inner: Box, size: int) -> 
 
 def _stretched_box(width: int, height: int, box: Box, size: int) -> NDArray[np.uint8]:
     """(S, S): as PIL resizes the mask of a box. All its rows are alike, and most of its columns."""
-    if not _takes_rows_first(width, height, size):
+    order = _order(width, height, size)
+    order.uses += 1
+    if order.uses == 1:
+        return _bicubic(_binary(box_mask(box, (width, height))), size, size)
+    if not order.rows_first:
         return _stretched_box_rows_first(height, width, (box[1], box[0], box[3], box[2]), size).T
     return _stretched_box_rows_first(width, height, box, size)
 
@@ -242,12 +251,25 @@ def _within(inner: Box, outer: Box) -> Box:
     return (inner[0] - outer[0], inner[1] - outer[1], inner[2] - outer[0], inner[3] - outer[1])
 
 
+class _Order:
+    """What is known of how PIL resizes pictures of one size."""
+
+    def __init__(self, width: int, height: int, size: int) -> None:
+        self._sizes = (width, height, size)
+        self.uses = 0
+
+    @cached_property
+    def rows_first(self) -> bool:
+        """Whether PIL resizes along the rows before it does along the columns. Asked of PIL itself: newer versions
+        choose by cost, older ones always take the rows."""
+        width, height, size = self._sizes
+        noise_HW = np.random.default_rng(0).integers(0, 2, (height, width), np.uint8) * np.uint8(255)
+        return np.array_equal(_bicubic(noise_HW, size, size), _bicubic(_bicubic(noise_HW, size, height), size, size))
+
+
 @lru_cache(maxsize=4096)
-def _takes_rows_first(width: int, height: int, size: int) -> bool:
-    """Whether PIL, for these sizes, resizes along the rows before it does along the columns. Asked of PIL itself:
-    newer versions choose by cost, older ones always take the rows."""
-    noise_HW = np.random.default_rng(0).integers(0, 2, (height, width), np.uint8) * np.uint8(255)
-    return np.array_equal(_bicubic(noise_HW, size, size), _bicubic(_bicubic(noise_HW, size, height), size, size))
+def _order(width: int, height: int, size: int) -> _Order:
+    return _Order(width, height, size)
 
 
 def _bicubic(plane: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 GAP = 6
 """Words that `..` may stand for."""
@@ -79,6 +79,19 @@ class Pattern:
     def match(self, words: list[str], at: int) -> int | None:
         """Where a match that begins at word `at` ends (the shortest), or None. Gaps cross no punctuation but commas."""
         return _match(self.places, words, 0, at)
+
+
+def may_stand(terms: tuple[str, ...], index: dict[str, list[int]]) -> bool:
+    """Whether the last word of one of the terms stands in the text: most terms of a library are not in a caption."""
+    whole, beginnings = _last_words(terms)
+    return not whole.isdisjoint(index) or (bool(beginnings) and any(word.startswith(beginnings) for word in index))
+
+
+@lru_cache(maxsize=8192)
+def _last_words(terms: tuple[str, ...]) -> tuple[frozenset[str], tuple[str, ...]]:
+    last = [choice for term in terms for choice in compile_term(term).places[-1] or ()]
+    whole = frozenset(choice for choice in last if not choice.endswith("*"))
+    return whole, tuple(choice[:-1] for choice in last if choice.endswith("*"))
 
 
 def _is_there(choices: tuple[str, ...], index: dict[str, list[int]]) -> bool:

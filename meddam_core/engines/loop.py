@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from meddam_core.engines.base import Engine, EngineDied, ReportsText, Request, Result
 from meddam_core.records import FinishReason, Reason
@@ -40,6 +41,24 @@ class _Caller:
     num_sent: int = 0
     """Characters of the text that were handed to `on_text`."""
     looked_s: float = 0.0
+
+
+class Loop(Protocol):
+    """What callers use: EngineLoop, or ApartLoop, whose engine has a process of its own (apart.py)."""
+
+    @property
+    def failure(self) -> BaseException | None: ...
+    @property
+    def num_unfinished(self) -> int: ...
+    @property
+    def max_batch(self) -> int | None:
+        """Captions decoded at once; None where the engine does not say."""
+        ...
+
+    def generate(self, requests: Sequence[Request]) -> list[Result]: ...
+    def submit(self, request: Request, on_text: Callable[[str], None] | None = None) -> Future[Result]: ...
+    def cancel(self, request_id: str) -> None: ...
+    def close(self) -> None: ...
 
 
 class EngineLoop:
@@ -68,6 +87,11 @@ class EngineLoop:
     def num_unfinished(self) -> int:
         """Requests that were taken in and have not ended."""
         return len(self._waiting) + self._inbox.qsize()
+
+    @property
+    def max_batch(self) -> int | None:
+        """Captions that the engine decodes at once; None where it does not say."""
+        return getattr(self.engine, "max_batch", None)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """All requests to the end; results in the order of the requests. Raises what broke the engine, if it broke."""

@@ -29,6 +29,9 @@ _SETTINGS = (
     cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB,
 )  # fmt: skip
 _PREVIEW_QUALITY = 85
+_GREY, _RGB, _RGBA = 0, 2, 6
+_HARMLESS = frozenset({b"IHDR", b"IDAT", b"IEND", b"pHYs", b"gAMA", b"cHRM", b"sRGB", b"tIME"})
+"""Chunks beside which the pixels are what they are: no profile, no orientation, no transparent colour, one frame."""
 
 
 def encode_png(stored: Stored) -> bytes:
@@ -56,6 +59,23 @@ def decode_png(data: bytes, *, limits: Limits | None = None) -> Stored:
         raise RowError(Reason.UNSUPPORTED_PIXELS, "the stored picture is neither grey nor RGB")
     stored: Stored = pixels if pixels.ndim == 2 else np.ascontiguousarray(pixels[..., ::-1])  # type: ignore[assignment]
     return stored
+
+
+def is_plain_png(data: bytes) -> bool:
+    """Whether this is a whole PNG of 8 bits, grey, RGB or RGBA, with no chunk that changes how its pixels are shown."""
+    if data[:8] != _SIGNATURE or data[12:16] != b"IHDR" or len(data) < 33:
+        return False
+    if data[24] != 8 or data[25] not in (_GREY, _RGB, _RGBA) or data[28] != 0:  # the last: interlaced
+        return False
+    at = 8
+    while at + 12 <= len(data):
+        length, kind = int.from_bytes(data[at : at + 4]), data[at + 4 : at + 8]
+        if kind not in _HARMLESS:
+            return False
+        at += 12 + length
+        if kind == b"IEND":
+            return at <= len(data)
+    return False
 
 
 def preview_jpeg(image_HWC: NDArray[np.uint8], long_side: int = 256) -> bytes:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 
@@ -25,7 +24,7 @@ from meddam_core.records import Egress
 from qa_library.loader import Library, load_library
 from qa_library.questions import NO, NOT_MENTIONED, OTHERWISE, STATED, YES, Question
 from qa_library.schema import Attribute, TemplateSet, Value
-from qa_library.terms import compile_term, fold, positions, singular
+from qa_library.terms import compile_term, fold, may_stand, positions, singular
 from qa_library.wording import tolerance_range
 
 VERSION = 1
@@ -238,9 +237,13 @@ def _mention(attribute: Attribute, words: list[str], number: int, value: Value, 
     return Mention(value_id, status, meant.hedged, number, span.start, span.end)
 
 
-def _spans(terms: Iterable[str], words: list[str], index: dict[str, list[int]], exclusive: bool = False) -> list[_Span]:
+def _spans(
+    terms: tuple[str, ...], words: list[str], index: dict[str, list[int]], exclusive: bool = False
+) -> list[_Span]:
     """Where terms stand. A gap may hold a list ("fractures of the fifth and sixth ribs") but no second statement."""
-    found = []
+    found: list[_Span] = []
+    if not may_stand(terms, index):
+        return found
     for term in terms:
         pattern = compile_term(term)
         for start in pattern.starts(index):

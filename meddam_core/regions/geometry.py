@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -69,11 +70,11 @@ def tight_box(mask_HW: NDArray[np.uint8]) -> Box:
     """The smallest box that holds every nonzero pixel of a mask. Raises RowError(mask_empty)."""
     if mask_HW.ndim != 2:
         raise ValueError(f"a mask has two axes, this one has the shape {mask_HW.shape}")
-    ys = np.flatnonzero(mask_HW.any(axis=1))
-    xs = np.flatnonzero(mask_HW.any(axis=0))
-    if not len(ys):
+    inside_HW = mask_HW if mask_HW.dtype == np.uint8 else mask_HW != 0
+    x, y, width, height = cv2.boundingRect(np.ascontiguousarray(inside_HW).view(np.uint8))
+    if not width:
         raise RowError(Reason.MASK_EMPTY, "the region's mask has no pixel")
-    return int(xs[0]), int(ys[0]), int(xs[-1]) + 1, int(ys[-1]) + 1
+    return x, y, x + width, y + height
 
 
 def box_mask(box: Box, size: tuple[int, int]) -> NDArray[np.uint8]:

@@ -73,6 +73,8 @@ class Config(BaseModel):
     """Requests in flight a replica above which another one is started."""
     max_ongoing: int = Field(128, ge=1)
     """Requests in flight a replica; more are told to come back (503 with Retry-After)."""
+    upscale_delay_s: float = Field(10, ge=0)
+    """High load must last this long before another replica is started."""
     downscale_delay_s: float = Field(300, ge=0)
     """Low load must last this long before a replica is taken away."""
     drain_s: float = Field(60, ge=0)
@@ -88,7 +90,7 @@ class Config(BaseModel):
     max_regions: int = Field(64, ge=1, le=256)
     """Most regions in one request."""
     url_hosts: tuple[str, ...] = ()
-    """Hosts that images may be fetched from by https; by default nothing is fetched."""
+    """Hosts that images may be fetched from by https, with a port where it is not 443; by default none."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
 

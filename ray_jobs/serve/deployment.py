@@ -2,19 +2,21 @@
 
     serve run ray_jobs.serve.deployment:build model=/weights/DAM-3B        # or cluster/serve.yaml, for KubeRay
 
-Who does what: Ray Serve's proxy hands requests to the replica with the shortest queue, starts and drains replicas, and
-replaces those whose health check fails. A replica's engine loop batches what it holds. CleanErrors, in the proxy, turns
-a replica's death into an error that says to try again.
+Who does what: Ray Serve starts, scales and drains replicas, and replaces those whose health check fails. Its proxy is
+the door; Shortcut, in it, hands each request to the replica that has the fewest, and CleanErrors turns a replica's
+death into an error that says to try again. A replica reads requests; its engine, in a process of its own, batches them.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import AutoscalingConfig, BackpressureConfig
+from ray.serve.exceptions import RayServeException
 from ray.serve.schema import LoggingConfig
 from starlette.middleware import Middleware
 
@@ -22,6 +24,7 @@ from ray_jobs.serve.config import Config
 from ray_jobs.serve.guards import ACCESS_LOG, CleanErrors
 from ray_jobs.serve.keys import LocalLedger, Refusal
 from ray_jobs.serve.replica import make_service, model_folder
+from ray_jobs.serve.shortcut import Shortcut
 
 LEDGER = "meddam-serve-ledger"
 _ROOM = 2
@@ -69,8 +72,10 @@ class Replica:
         return make_app(self._service, behind_proxy=True)
 
     def check_health(self) -> None:
-        """Called by Serve; raises when the engine is gone."""
-        self._service.check_health()
+        """Called by Serve. Without its engine the process ends: Serve replaces what is dead at once, what is ill after
+        three checks."""
+        if self._service.describer.loop.failure is not None:
+            os._exit(1)
 
 
 def build(args: dict[str, Any]) -> serve.Application:
@@ -91,7 +96,7 @@ def application(cfg: Config) -> serve.Application:
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=1),
         autoscaling_config=AutoscalingConfig(
             min_replicas=cfg.min_replicas, max_replicas=cfg.max_replicas, target_ongoing_requests=cfg.target_ongoing,
-            downscale_delay_s=cfg.downscale_delay_s, upscale_delay_s=10,
+            downscale_delay_s=cfg.downscale_delay_s, upscale_delay_s=cfg.upscale_delay_s,
         ),
         graceful_shutdown_timeout_s=cfg.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
@@ -103,5 +108,12 @@ def application(cfg: Config) -> serve.Application:
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: what Serve's proxies run around every request."""
-    return [Middleware(CleanErrors)]
+    """For RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH: what Serve's proxies run around every request, the last outermost.
+
+    Serve asks for it in replicas too, for their own ports; there the guards have said all.
+    """
+    try:
+        serve.get_replica_context()
+    except RayServeException:
+        return [Middleware(Shortcut), Middleware(CleanErrors)]
+    return []

@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import threading
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from meddam_core.captioner import PreparedRegion, RegionPreparer, ViewRules, detected_regions
 from meddam_core.datasets.recipes import AUTO, Recipe, resolve_recipe
 from meddam_core.engines.base import EngineDied, Request, Result, Sampling
-from meddam_core.engines.loop import EngineLoop
+from meddam_core.engines.loop import Loop
 from meddam_core.imaging.decoded import Decoded
 from meddam_core.imaging.limits import Limits
 from meddam_core.imaging.render import render
@@ -61,7 +61,7 @@ class Describer:
     """
 
     def __init__(
-        self, cfg: Config, loop: EngineLoop, view_size: int, metrics: Metrics, segmenter: Segmenter | None = None
+        self, cfg: Config, loop: Loop, view_size: int, metrics: Metrics, segmenter: Segmenter | None = None
     ) -> None:
         self.cfg = cfg
         self.loop = loop
@@ -116,19 +116,21 @@ class Describer:
             raise RowError(Reason.NO_REGIONS, "give regions: this picture has no mask in alpha, its recipe no detector")
         image_HWC = rendered(decoded, asked.window or recipe.window)
         found: list[Region | RowError] = []
+        masks: dict[int, NDArray[np.uint8]] = {}
         if not wheres and alpha_HW is None:
             found += detected_regions(_row(decoded, recipe.name, []), image_HWC, recipe)
         for ordinal, where in enumerate(wheres or ([] if found else [Where()])):
             try:
-                clicked_HW = self._clicked(where, image_HWC)
-                found.append(
-                    reading.region_of(
-                        where, decoded, alpha_HW, ordinal=ordinal, limits=self.limits, clicked_HW=clicked_HW
-                    )
-                )
+                region, mask_HW = reading.region_of(
+                    where, decoded, alpha_HW, ordinal=ordinal, limits=self.limits,
+                    clicked_HW=self._clicked(where, image_HWC),
+                )  # fmt: skip
+                found.append(region)
+                if mask_HW is not None:
+                    masks[ordinal] = mask_HW
             except RowError as error:
                 found.append(error)
-        prepared = [self._prepare(decoded, image_HWC, region, asked) for region in found]
+        prepared = [self._prepare(decoded, image_HWC, region, asked, masks) for region in found]
         masked = bool(prepared) and all(p.region.mask is not None for p in prepared)
         return ReadImage(decoded=decoded, recipe=recipe_of(asked.recipe, decoded, masked).name, prepared=prepared)
 
@@ -141,14 +143,15 @@ class Describer:
         return read
 
     def _prepare(
-        self, decoded: Decoded, image_HWC: NDArray[np.uint8], region: Region | RowError, asked: Sampled
-    ) -> PreparedRegion:
+        self, decoded: Decoded, image_HWC: NDArray[np.uint8], region: Region | RowError, asked: Sampled,
+        masks: Mapping[int, NDArray[np.uint8]],
+    ) -> PreparedRegion:  # fmt: skip
         if isinstance(region, RowError):
             nowhere = Region(region_id=0, box=(0, 0, 0, 0), source="prompted")
             return PreparedRegion(region=nowhere, views_N8SS=None, error=region)
         rules = ViewRules(size=self._view_size, aspect=asked.aspect, margin=asked.margin, window=asked.window)
         recipe = recipe_of(asked.recipe, decoded, masked=region.mask is not None)
-        (prepared,) = RegionPreparer(rules).prepare_rendered(_row(decoded, recipe.name, [region]), image_HWC)
+        (prepared,) = RegionPreparer(rules).prepare_rendered(_row(decoded, recipe.name, [region]), image_HWC, masks)
         return prepared
 
     def _clicked(self, where: Where, image_HWC: NDArray[np.uint8]) -> NDArray[np.uint8] | None:

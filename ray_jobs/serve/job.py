@@ -22,8 +22,13 @@ from ray_jobs.serve.config import Config
 from ray_jobs.session import session
 
 APP = "meddam"
-PROXY_CALLBACK = ("RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH", "ray_jobs.serve.deployment.proxy_middlewares")
-"""Where a Ray session is started by someone else, this variable must be set there."""
+ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "ray_jobs.serve.deployment.proxy_middlewares",
+    "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+"""Where a Ray session is started by someone else, these variables must be set there (cluster/ does)."""
 
 
 class Summary(BaseModel):
@@ -57,7 +62,7 @@ def run(cfg: Config) -> Summary:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    os.environ.setdefault(*PROXY_CALLBACK)
+    set_environment()
     with session(cfg.num_cpus):
         url = start(cfg)
         who = "with a key" if cfg.keys else "without keys"
@@ -66,6 +71,12 @@ def run(cfg: Config) -> Summary:
         typer.echo("draining", err=True)
         end()
     return Summary(said=["ended"])
+
+
+def set_environment() -> None:
+    """Before a Ray session is started here, or Serve imported: what Serve's processes take from their environment."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
 
 
 def start(cfg: Config) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from meddam_core.engines.base import Result
-from meddam_core.engines.loop import EngineLoop
+from meddam_core.engines.loop import Loop
 
 TIMES_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 
@@ -65,10 +65,10 @@ class Metrics:
         self.new_tokens.inc(len(result.token_ids))
         self.prompt_tokens.inc(result.num_prompt_tokens)
 
-    def read_engine(self, loop: EngineLoop) -> None:
+    def read_engine(self, loop: Loop) -> None:
         """Sets the gauges from the engine's state."""
         unfinished = loop.num_unfinished
-        slots = getattr(loop.engine, "max_batch", None) or unfinished
+        slots = loop.max_batch or unfinished
         self.batch_size.set(min(unfinished, slots))
         self.queue.set(max(0, unfinished - slots))
 

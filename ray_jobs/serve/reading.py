@@ -2,7 +2,7 @@
 
     data = bytes_of(url, limits=limits)
     decoded, alpha_HW = picture_of(data, frame=None, limits=limits)
-    region = region_of(where, decoded, alpha_HW)
+    region, mask_HW = region_of(where, decoded, alpha_HW)
     query = query_of("Is the margin spiculated?", num_images=1)
 
 Pure functions: no network, no engine, no Ray. Whatever is wrong with the data is a RowError or an ApiError, and neither
@@ -62,21 +62,21 @@ def picture_of(data: bytes, *, frame: int | None, limits: Limits) -> tuple[Decod
         frame = 0
     decoded = decode(data, frame=frame, limits=limits)
     alpha_HW = decoded.alpha_HW
-    return decoded, None if alpha_HW is None else (alpha_HW > 0).astype(np.uint8)
+    return decoded, None if alpha_HW is None else (alpha_HW > 0).view(np.uint8)
 
 
 def region_of(
     where: Where, decoded: Decoded, alpha_HW: NDArray[np.uint8] | None, *, ordinal: int = 0,
     limits: Limits | None = None, clicked_HW: NDArray[np.uint8] | None = None,
-) -> Region:  # fmt: skip
-    """The region that a request names, else the picture's alpha channel.
+) -> tuple[Region, NDArray[np.uint8] | None]:  # fmt: skip
+    """The region that a request names, else the picture's alpha channel; and its mask (H, W), None for a box.
 
     clicked_HW: what a segmenter made of `where.points`; without it each point is a disc.
     Raises RowError for a region that is broken, empty or outside, and no_regions where there is none at all.
     """
     size = (decoded.width, decoded.height)
     if where.box is not None:
-        return Region(region_id=ordinal, box=checked_box(where.box, size), source="prompted")
+        return Region(region_id=ordinal, box=checked_box(where.box, size), source="prompted"), None
     mask_HW = _mask_of(where, size, limits or Limits(), clicked_HW)
     if mask_HW is None and alpha_HW is not None:
         mask_HW = checked_mask(alpha_HW, size)
@@ -85,7 +85,7 @@ def region_of(
             Reason.NO_REGIONS,
             "say which region: a PNG with the mask in its alpha channel, or a box, mask, polygon or points",
         )
-    return Region(region_id=ordinal, box=tight_box(mask_HW), mask=rle_of(mask_HW), source="prompted")
+    return Region(region_id=ordinal, box=tight_box(mask_HW), mask=rle_of(mask_HW), source="prompted"), mask_HW
 
 
 def _mask_of(

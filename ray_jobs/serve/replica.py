@@ -1,4 +1,4 @@
-"""From settings to a working service: finds the model, loads it, and starts its engine's loop. No Ray."""
+"""From settings to a working service: finds the model and starts its engine, in a process of its own. No Ray."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import meddam_core
 from meddam_core.dam.config import read_config
-from meddam_core.engines.loop import EngineLoop
+from meddam_core.engines.apart import ApartLoop
 from ray_jobs.serve.config import Config
 from ray_jobs.serve.keys import Ledger
 from ray_jobs.serve.metrics import Metrics
@@ -28,24 +28,18 @@ def model_folder(cfg: Config) -> str:
 
 def make_service(cfg: Config, *, ledger: Ledger | None = None, in_ray: bool = False) -> Service:
     """The service of one replica, its model loaded. Raises ValueError for a model or engine that cannot be had."""
-    from meddam_core.engines import make_engine
-
     folder = model_folder(cfg)
-    device = _device(cfg.device)
-    if device == "cpu" and cfg.num_threads is not None:
-        import torch
-
-        torch.set_num_threads(cfg.num_threads)
-    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if device == "cuda" else "float32"
-    engine, _ = make_engine(cfg.engine, folder, device=device, dtype=dtype, slots=cfg.slots)
+    loop = ApartLoop(
+        cfg.engine, folder, device=cfg.device, dtype=cfg.dtype, slots=cfg.slots, num_threads=cfg.num_threads
+    )
     segmenter = None
     if cfg.segmenter is not None:
         from meddam_core.regions.promptable import load_segmenter
 
-        segmenter = load_segmenter(cfg.segmenter, device=device)
+        segmenter = load_segmenter(cfg.segmenter, device=_device(cfg.device))
     name = cfg.model_name or Path(folder).resolve().name
     return Service(
-        cfg, EngineLoop(engine), read_config(folder).view.size, name, metrics=Metrics(in_ray), ledger=ledger,
+        cfg, loop, read_config(folder).view.size, name, metrics=Metrics(in_ray), ledger=ledger,
         segmenter=segmenter,
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from meddam_core.captioner import PreparedRegion
 from meddam_core.engines.base import Request, Result
-from meddam_core.engines.loop import EngineLoop
+from meddam_core.engines.loop import Loop
 from meddam_core.imaging.png import encode_png
 from meddam_core.prompts import VIDEO_VIEWS
 from meddam_core.records import Box, RowError
@@ -66,7 +66,7 @@ class Service:
     """
 
     def __init__(
-        self, cfg: Config, loop: EngineLoop, view_size: int, model: str, *, metrics: Metrics | None = None,
+        self, cfg: Config, loop: Loop, view_size: int, model: str, *, metrics: Metrics | None = None,
         ledger: Ledger | None = None, segmenter: Segmenter | None = None,
     ) -> None:  # fmt: skip
         self.cfg = cfg

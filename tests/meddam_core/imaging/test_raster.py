@@ -227,3 +227,26 @@ def test_alpha_is_kept_apart_and_upright(mode: str) -> None:
     else:
         assert decoded.alpha_HW is not None and decoded.alpha_HW.shape == (decoded.height, decoded.width) == (4, 6)
         assert (decoded.alpha_HW == np.rot90(alpha, -1)).all()
+
+
+def test_the_quick_way_for_plain_pngs_differs_in_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole, cut short and with a bit turned over at every place: the same pixels, or the same reason."""
+    pytest.importorskip("imagecodecs")
+    rows = np.sort(np.random.default_rng(3).integers(0, 256, (9, 14, 4), np.uint8), axis=1)
+    files = [encoded(part, "PNG") for part in (rows, rows[..., :3], rows[..., 0])]
+    files += [files[0][:end] for end in range(0, len(files[0]), 7)]
+    files += [files[0][:at] + bytes([files[0][at] ^ 1]) + files[0][at + 1 :] for at in range(len(files[0]))]
+    quick = [_outcome(data) for data in files]
+    assert quick[0][1].startswith("imagecodecs"), "the quick way was not taken"
+    monkeypatch.setattr("meddam_core.imaging.raster._PNG_DECODE", None)
+    assert [facts for facts, _ in quick] == [facts for facts, _ in map(_outcome, files)]
+
+
+def _outcome(data: bytes) -> tuple[Any, str]:
+    try:
+        got = decode(data)
+    except RowError as error:
+        return (error.reason, error.detail), ""
+    alpha = None if got.alpha_HW is None else got.alpha_HW.tolist()
+    facts = (got.stored.tolist(), got.stored.dtype, alpha, got.photometric, got.stored_bits, got.modality)
+    return facts, got.decoder

@@ -46,6 +46,10 @@ class Served:
         """Process ids of the replicas of this server."""
         return [pid for pid, name in _descendants(self.process.pid) if name.startswith("ray::ServeReplica")]
 
+    def engines(self) -> list[int]:
+        """Process ids of the replicas' engines."""
+        return [pid for pid, name in _descendants(self.process.pid) if "meddam_core.engines.apart" in name]
+
     def end(self) -> int:
         """Ctrl-C, and the exit code."""
         if self.process.poll() is None:

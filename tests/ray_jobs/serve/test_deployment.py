@@ -13,7 +13,7 @@ from starlette.testclient import TestClient
 
 from ray_jobs.serve.app import make_app
 from ray_jobs.serve.config import Config
-from ray_jobs.serve.job import PROXY_CALLBACK
+from ray_jobs.serve.job import ENVIRONMENT
 from ray_jobs.serve.job import run as run_job
 from ray_jobs.serve.metrics import Metrics
 from ray_jobs.serve.replica import make_service, model_folder
@@ -35,9 +35,16 @@ def test_the_proxies_find_what_they_run() -> None:
     from ray._common.utils import import_attr
 
     from ray_jobs.serve.guards import CleanErrors
+    from ray_jobs.serve.shortcut import Shortcut
 
-    (middleware,) = import_attr(PROXY_CALLBACK[1])()
-    assert middleware.cls is CleanErrors
+    middlewares = import_attr(ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"])()
+    assert [m.cls for m in middlewares] == [Shortcut, CleanErrors], "the last is outermost"
+
+
+def test_clusters_are_started_with_serves_environment() -> None:
+    text = (CLUSTER / "kuberay/rayservice.yaml").read_text()
+    given = dict(re.findall(r'{name: (RAY_SERVE_\w+), value: "?([^"}]+)"?}', text))
+    assert given == ENVIRONMENT
 
 
 def test_the_dashboard_asks_for_metrics_that_there_are() -> None:

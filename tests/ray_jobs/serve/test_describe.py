@@ -21,8 +21,13 @@ from meddam_core.imaging.deidentify import image_fields
 from meddam_core.imaging.render import render
 from meddam_core.prompts import load_prompt
 from meddam_core.records import Image, Region
+from meddam_core.regions.promptable import RegionPrompt, load_segmenter
 from ray_jobs.serve import schema
-from tests.ray_jobs.serve.conftest import SIDE, Made, picture, png, url, with_alpha
+from ray_jobs.serve.app import make_app
+from ray_jobs.serve.config import Config
+from ray_jobs.serve.service import Service
+from tests.meddam_core.regions.test_promptable import make_sam
+from tests.ray_jobs.serve.conftest import MODEL, SIDE, Made, chat, picture, png, url, with_alpha
 
 DICOM = (
     ("CT_small.dcm", "ct"),
@@ -160,3 +165,20 @@ def test_the_schema_says_what_is_accepted(client: TestClient) -> None:
     assert {"box", "mask", "polygon", "points", "temperature", "seed", "length"} <= set(request["properties"])
     responses = document["paths"]["/v1/chat/completions"]["post"]["responses"]
     assert {"200", "400", "401", "408", "413", "415", "429", "503", "504"} <= set(responses) and "422" not in responses
+
+
+def test_clicks_are_segmented(loop: EngineLoop, tmp_path: Path) -> None:
+    """What a segmenter makes of clicks is the region: the caption is that of its mask."""
+    segmenter = load_segmenter(str(make_sam(tmp_path)))
+    shown = picture(5)
+    (found,) = segmenter.segment(np.asarray(shown), [RegionPrompt(points=[(30.0, 20.0), (44.0, 32.0)])])
+    mask = png(PilImage.fromarray(found.mask_HW * np.uint8(255)))
+    service = Service(Config(model=MODEL), loop, SIDE, "dam_tiny", segmenter=segmenter)
+    with TestClient(make_app(service)) as client:
+        clicked = describe(client, png(shown), regions=[{"points": [[30, 20], [44, 32]]}]).regions[0]
+        masked = describe(client, png(shown), regions=[{"mask": url(mask)}]).regions[0]
+        body = chat(url(png(shown)), points=[[30, 20], [44, 32]], max_tokens=10)
+        asked = client.post("/v1/chat/completions", json=body)
+    assert found.mask_HW.any() and not found.mask_HW.all(), "a mask that shows something"
+    assert (clicked.caption, clicked.box) == (masked.caption, masked.box)
+    assert asked.json()["choices"][0]["meddam"]["box"] == list(masked.box or ())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 import os
 import signal
 import threading
@@ -134,6 +135,84 @@ def test_a_replica_that_is_killed_under_load_costs_what_it_held(served: Served) 
     asked: dict[str, Any] = {"model": "meddam", "messages": message(RGBA), "max_tokens": 4}
     assert client.chat.completions.create(**asked).choices[0].message.content is not None
     assert served.replicas() != [replica]
+
+
+@pytest.mark.slow
+def test_a_replica_that_is_killed_in_the_middle_of_a_stream(served: Served) -> None:
+    """The stream ends with an error event and as HTTP wants it; OpenAI's client raises what it may try again."""
+    client = openai.OpenAI(api_key="none", base_url=f"{served.url}/v1", max_retries=60, timeout=180)
+    asked: dict[str, Any] = {"model": "meddam", "messages": message(RGBA), "max_tokens": 900, "temperature": 2.0}
+    client.chat.completions.create(**{**asked, "max_tokens": 2})
+    events: list[str] = []
+    with httpx2.stream("POST", f"{served.url}/v1/chat/completions", json={**asked, "stream": True}, timeout=120) as raw:
+        for line in raw.iter_lines():
+            events += [line] if line else []
+            if len(events) == 3:
+                _kill_replica(served)
+    assert json.loads(events[-1].removeprefix("data: "))["error"]["code"] == "replica_lost"
+    client.chat.completions.create(**{**asked, "max_tokens": 2})
+    chunks = iter(client.chat.completions.create(**asked, stream=True))
+    assert next(chunks) and next(chunks)
+    _kill_replica(served)
+    with pytest.raises(openai.APIError, match="try again"):
+        list(chunks)
+
+
+@pytest.mark.slow
+def test_a_replica_whose_engine_is_killed_is_replaced(served: Served) -> None:
+    client = openai.OpenAI(api_key="none", base_url=f"{served.url}/v1", max_retries=60, timeout=180)
+    asked: dict[str, Any] = {"model": "meddam", "messages": message(RGBA), "max_tokens": 2}
+    client.chat.completions.create(**asked)
+    before, (engine,) = served.replicas(), served.engines()
+    os.kill(engine, signal.SIGKILL)
+    lost = httpx2.post(f"{served.url}/v1/chat/completions", json=chat(RGBA), timeout=120)
+    assert lost.status_code == 503 and lost.json()["error"]["code"] == "replica_lost"
+    assert client.chat.completions.create(**asked).choices[0].message.content is not None
+    assert served.replicas() != before
+
+
+@pytest.mark.slow
+def test_replicas_come_with_the_load_and_go_with_it(tmp_path: Path) -> None:
+    """Autoscaling: none of the requests is lost while a second replica comes and while it goes."""
+    served = Served(
+        tmp_path, device="cpu", max_replicas=2, target_ongoing=2, upscale_delay_s=1, downscale_delay_s=5, drain_s=10
+    )
+    done, statuses = threading.Event(), Counter[int]()
+
+    def ask(tokens: int) -> None:
+        while not done.is_set():
+            body = chat(RGBA, max_tokens=tokens, temperature=2.0)
+            statuses[httpx2.post(f"{served.url}/v1/chat/completions", json=body, timeout=180).status_code] += 1
+
+    try:
+        with ThreadPoolExecutor(9) as pool:
+            asking = [pool.submit(ask, 200) for _ in range(8)]
+            most = _replicas_become(served, 2)
+            done.set()
+            for each in asking:
+                each.result()
+            done.clear()
+            alone = pool.submit(ask, 4)  # somebody asks on, all the while
+            least = _replicas_become(served, 1)
+            done.set()
+            alone.result()
+    finally:
+        done.set()
+        assert served.end() == 0, served.log()[-3000:]
+    assert (most, least) == (2, 1)
+    assert set(statuses) == {200}, statuses
+
+
+def _replicas_become(served: Served, number: int) -> int:
+    deadline = time.monotonic() + 300
+    while len(served.engines()) != number and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return len(served.engines())
+
+
+def _kill_replica(served: Served) -> None:
+    (replica,) = served.replicas()
+    os.kill(replica, signal.SIGKILL)
 
 
 def _in_flight(served: Served) -> float:
