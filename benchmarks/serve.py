@@ -99,7 +99,7 @@ def main() -> None:
         for name in args.engines:
             cfg = Config(
                 model=args.model, port=_free_port(), engine=ENGINES.get(name, name), num_threads=args.threads,
-                device=args.device, max_ongoing=4 * max(args.concurrency), dtype=args.dtype,
+                device=args.device, max_ongoing=4 * max(args.concurrency), dtype=args.dtype, keep_pictures_mb=0,
             )  # fmt: skip
             sides = Sides(cfg, start(cfg), bodies, args)
             runs = sides.measure()

@@ -114,8 +114,8 @@ def _add_api(app: FastAPI, service: Service) -> None:
         return JSONResponse(await service.describe(body, request.state.exchange))
 
     @app.post("/v1/images:render", responses={200: {"model": schema.RenderResponse}, **_ERRORS})
-    async def render_image(body: schema.RenderRequest) -> Response:
-        return JSONResponse(await service.render(body))
+    async def render_image(body: schema.RenderRequest, request: Request) -> Response:
+        return JSONResponse(await service.render(body, request.state.exchange))
 
     keyed: dict[int | str, dict[str, Any]] = {status: _ERRORS[status] for status in (401, 429, 503)}
 

@@ -91,6 +91,8 @@ class Config(BaseModel):
     """Most regions in one request."""
     url_hosts: tuple[str, ...] = ()
     """Hosts that images may be fetched from by https, with a port where it is not 443; by default none."""
+    keep_pictures_mb: float = Field(256, ge=0)
+    """Memory of a replica for decoded pictures that their client may ask about again, within ten minutes."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
 

@@ -34,6 +34,8 @@ from meddam_core.regions.promptable import RegionPrompt, Segmenter
 from ray_jobs.serve import reading
 from ray_jobs.serve.config import Config
 from ray_jobs.serve.errors import ApiError, of_row
+from ray_jobs.serve.keeping import KeptPictures
+from ray_jobs.serve.keys import ANONYMOUS
 from ray_jobs.serve.metrics import Metrics
 from ray_jobs.serve.schema import Sampled, Where
 
@@ -70,6 +72,7 @@ class Describer:
             max_file_bytes=int(cfg.max_body_mb * 1e6), max_inflated_bytes=8 * cfg.max_pixels, max_pixels=cfg.max_pixels,
             max_frames=10_000,
         )  # fmt: skip
+        self.kept = KeptPictures(int(cfg.keep_pictures_mb * 1e6))
         self._view_size = view_size
         self._segmenter = segmenter
         self._segmenting = threading.Lock()
@@ -101,16 +104,19 @@ class Describer:
 
     # -- in threads ---------------------------------------------------------------------------------------------------
 
-    def picture(self, data: bytes, frame: int | None) -> tuple[Decoded, NDArray[np.uint8] | None]:
-        """The picture of a file and its alpha channel. Raises RowError."""
-        return reading.picture_of(data, frame=frame, limits=self.limits)
+    def picture(self, data: bytes, frame: int | None, owner: str) -> Decoded:
+        """The picture of a file that `owner` sent. Raises RowError."""
+        return self.kept.get(
+            owner, data, frame, lambda: reading.picture_of(data, frame=frame, limits=self.limits)
+        )  # fmt: skip
 
-    def regions(self, data: bytes, wheres: list[Where], asked: Sampled) -> ReadImage:
+    def regions(self, data: bytes, wheres: list[Where], asked: Sampled, owner: str = ANONYMOUS) -> ReadImage:
         """The regions of one picture, ready for the engine; without any, its alpha channel or what is detected.
 
         A region that is broken is a PreparedRegion with an error. Raises RowError where the picture is.
         """
-        decoded, alpha_HW = self.picture(data, asked.frame)
+        decoded = self.picture(data, asked.frame, owner)
+        alpha_HW = reading.alpha_mask(decoded)
         recipe = recipe_of(asked.recipe, decoded, masked=False)
         if not wheres and alpha_HW is None and recipe.detector is None:
             raise RowError(Reason.NO_REGIONS, "give regions: this picture has no mask in alpha, its recipe no detector")
@@ -134,9 +140,9 @@ class Describer:
         masked = bool(prepared) and all(p.region.mask is not None for p in prepared)
         return ReadImage(decoded=decoded, recipe=recipe_of(asked.recipe, decoded, masked).name, prepared=prepared)
 
-    def one_region(self, data: bytes, where: Where, asked: Sampled) -> ReadImage:
+    def one_region(self, data: bytes, where: Where, asked: Sampled, owner: str = ANONYMOUS) -> ReadImage:
         """As `regions`, for exactly one. Raises RowError also where the region is broken."""
-        read = self.regions(data, [where], asked)
+        read = self.regions(data, [where], asked, owner)
         (prepared,) = read.prepared
         if prepared.error is not None:
             raise prepared.error

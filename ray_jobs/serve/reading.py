@@ -1,8 +1,8 @@
 """From what a client sends to regions and a question: base64, data URLs, masks in alpha, run lengths, points.
 
     data = bytes_of(url, limits=limits)
-    decoded, alpha_HW = picture_of(data, frame=None, limits=limits)
-    region, mask_HW = region_of(where, decoded, alpha_HW)
+    decoded = picture_of(data, frame=None, limits=limits)
+    region, mask_HW = region_of(where, decoded, alpha_mask(decoded))
     query = query_of("Is the margin spiculated?", num_images=1)
 
 Pure functions: no network, no engine, no Ray. Whatever is wrong with the data is a RowError or an ApiError, and neither
@@ -53,16 +53,16 @@ def bytes_of(text: str, *, limits: Limits, param: str = "image") -> bytes:
         raise ApiError(400, "not valid base64, or cut short", code="invalid_base64", param=param) from None
 
 
-def picture_of(data: bytes, *, frame: int | None, limits: Limits) -> tuple[Decoded, NDArray[np.uint8] | None]:
-    """A file's picture, and its alpha channel as a mask (H, W), 1 where it is above 0; None without alpha.
-
-    Raises RowError as `decode` does.
-    """
+def picture_of(data: bytes, *, frame: int | None, limits: Limits) -> Decoded:
+    """A file's picture; of a volume its first slice where no frame is named. Raises RowError as `decode` does."""
     if frame is None and sniff(data) in ("nifti", "gzip"):
         frame = 0
-    decoded = decode(data, frame=frame, limits=limits)
-    alpha_HW = decoded.alpha_HW
-    return decoded, None if alpha_HW is None else (alpha_HW > 0).view(np.uint8)
+    return decode(data, frame=frame, limits=limits)
+
+
+def alpha_mask(decoded: Decoded) -> NDArray[np.uint8] | None:
+    """The picture's alpha channel as a mask (H, W), 1 where it is above 0; None without alpha."""
+    return None if decoded.alpha_HW is None else (decoded.alpha_HW > 0).view(np.uint8)
 
 
 def region_of(

@@ -128,7 +128,8 @@ class Service:
         num = body.n or 1
         await self.keys.charge(exchange.client, num)
         files = [await self._bytes(url, f"messages.image_url.{i}") for i, url in enumerate(urls)]
-        read = [await self.describer.read(self.describer.one_region, data, body, body) for data in files]
+        owner = exchange.client
+        read = [await self.describer.read(self.describer.one_region, data, body, body, owner) for data in files]
         views = [_views(image.prepared[0]) for image in read]
         words = self._words(body.template_set, read[0])
         box = read[0].prepared[0].region.box if len(read) == 1 else None
@@ -152,7 +153,7 @@ class Service:
         question = reading.question_of(body.question or "", body.prompt, body.length, self.cfg.prompt)
         query = reading.query_of(question, 1, self.cfg.joint)
         data = await self._bytes(body.image, "image")
-        read = await self.describer.read(self.describer.regions, data, list(body.regions), body)
+        read = await self.describer.read(self.describer.regions, data, list(body.regions), body, exchange.client)
         words = self._words(body.template_set, read)
         ready = [p for p in read.prepared if p.views_N8SS is not None]
         await self.keys.charge(exchange.client, len(ready))
@@ -194,13 +195,13 @@ class Service:
 
     # -- the rest -----------------------------------------------------------------------------------------------------
 
-    async def render(self, body: schema.RenderRequest) -> dict[str, Any]:
+    async def render(self, body: schema.RenderRequest, exchange: Any) -> dict[str, Any]:
         """schema.RenderResponse. Raises ApiError."""
         data = await self._bytes(body.image, "image")
-        return await self._limited(self.describer.read(self._render, data, body))
+        return await self._limited(self.describer.read(self._render, data, body, exchange.client))
 
-    def _render(self, data: bytes, body: schema.RenderRequest) -> dict[str, Any]:
-        decoded, _ = self.describer.picture(data, body.frame)
+    def _render(self, data: bytes, body: schema.RenderRequest, owner: str) -> dict[str, Any]:
+        decoded = self.describer.picture(data, body.frame, owner)
         picture = encode_png(rendered(decoded, body.window))
         facts = answers.image_facts(decoded, recipe_of(None, decoded, masked=False).name, body.window)
         return {"image": facts, "png": "data:image/png;base64," + base64.b64encode(picture).decode()}
@@ -222,9 +223,10 @@ class Service:
                            retry_after_s=5)  # fmt: skip
 
     async def watch(self) -> None:
-        """Keeps the gauges current, for as long as the app lives."""
+        """Keeps the gauges current, and pictures not for ever, for as long as the app lives."""
         while True:
             self.metrics.read_engine(self.describer.loop)
+            self.describer.kept.forget_old()
             await asyncio.sleep(WATCH_S)
 
     async def _bytes(self, url: str, param: str) -> bytes:

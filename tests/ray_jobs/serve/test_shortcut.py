@@ -39,7 +39,7 @@ class Upstream:
         self.begun = threading.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        body, more = b"", True
+        body, more = b"", scope["path"] != "/early"
         while more:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
@@ -97,6 +97,8 @@ def test_requests_and_answers_pass_as_they_are(listen: Callable[[ASGIApp], str])
         assert http.post("/x", content=iter([b"ab", b"c" * 70_000])).text == "POST /x? 70002", "of no told length"
         assert http.get("/stream").text == "data: one\n\nGET /stream? 0"
         assert http.get("/-/routes").text == "serve's way 0", "what is Serve's own"
+        early = http.post("/early", content=b"x" * 9_000_000)
+        assert (early.status_code, early.text) == (418, "POST /early? 0"), "an answer before the body was read"
 
 
 def test_a_replica_that_breaks_off_ends_a_stream_with_an_error(listen: Callable[[ASGIApp], str]) -> None:
