@@ -18,7 +18,6 @@ def ray_session(s3_endpoint: str) -> Iterator[None]:
     import ray
 
     from ray_jobs.serve.job import ENVIRONMENT
-
     from ray_jobs.session import session
 
     with pytest.MonkeyPatch.context() as patch:
