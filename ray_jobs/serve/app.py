@@ -32,6 +32,10 @@ from ray_jobs.serve.service import Service
 PAGE = Path(__file__).parent / "page"
 MAX_ITEMS = 250_000
 """Separators in a body: many small things take more memory and time than their bytes say."""
+PACKAGED_NOTE = (
+    "The small model that comes with the package knows synthetic pictures only, answers no questions, and errs."
+)
+"""What the page says where no model was named."""
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": schema.ErrorBody, "description": about}
     for status, about in {
@@ -165,7 +169,8 @@ def _add_page(app: FastAPI, service: Service) -> None:
     @app.get("/samples", include_in_schema=False)
     async def list_samples() -> Response:
         prompts = [prompt.id for prompt in list_prompts() if prompt.num_views == 1]
-        facts = {"model": service.model, "prompt": service.cfg.prompt, "prompts": prompts}
+        note = PACKAGED_NOTE if service.cfg.model is None else ""
+        facts = {"model": service.model, "note": note, "prompt": service.cfg.prompt, "prompts": prompts}
         return JSONResponse({"samples": service.samples.cards(), "needs_key": service.keys.required, **facts})
 
     @app.get("/samples/{name}", include_in_schema=False)

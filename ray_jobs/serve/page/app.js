@@ -5,6 +5,7 @@ import { Viewer } from "./viewer.js";
 
 const $ = (id) => document.getElementById(id);
 const state = { url: null, recipe: null, image: null, running: null, retry: null };
+const THUMB_PX = 52;
 const viewer = new Viewer($("canvas"), refresh);
 
 // -- pictures ---------------------------------------------------------------------------------------------------------
@@ -96,7 +97,7 @@ function card(title) {
   head.textContent = title;
   const caption = document.createElement("p");
   caption.className = "caption";
-  element.append(head, caption);
+  element.append(place(), head, caption);
   return {
     element,
     write: (text) => (caption.textContent = text),
@@ -111,6 +112,18 @@ function card(title) {
       element.append(facts(answer));
     },
   };
+}
+
+/** The region that a card is about; a click shows it on the picture again. */
+function place() {
+  const button = Object.assign(document.createElement("button"), { type: "button", className: "place", title: "Show this region again" });
+  button.setAttribute("aria-label", `Show this region again: ${$("where").textContent}`);
+  const drawn = viewer.drawn();
+  button.append(viewer.thumb(2 * THUMB_PX));
+  button.addEventListener("click", () => {
+    if (!viewer.showAgain(drawn)) show(new Error("Another picture is open now; this region was drawn on one of another size."));
+  });
+  return button;
 }
 
 function chips(findings) {
@@ -138,6 +151,7 @@ function facts(answer) {
   const told = [`confidence ${Math.round(100 * answer.confidence)} %`, `${answer.usage.completion_tokens} tokens`];
   if (answer.finish_reason === "length") told.push("cut at its limit");
   for (const text of told) line.append(Object.assign(document.createElement("span"), { textContent: text }));
+  line.firstChild.title = "How sure the model was of its words, not whether they are true";
   const copy = Object.assign(document.createElement("button"), { type: "button", className: "quiet", textContent: "Copy as JSON" });
   copy.addEventListener("click", async () => {
     await navigator.clipboard.writeText(JSON.stringify(answer, null, 2));
@@ -268,6 +282,8 @@ document.addEventListener("keyup", (e) => e.key === " " && (viewer.spaceHeld = f
 async function begin() {
   const about = await (await fetch("samples")).json();
   $("model").textContent = about.model;
+  $("about").textContent = about.note;
+  $("about").hidden = !about.note;
   $("key").hidden = !about.needs_key;
   for (const id of ["prompt", "prompt-2"]) {
     for (const name of about.prompts) $(id).add(new Option(name, name));

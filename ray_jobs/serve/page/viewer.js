@@ -4,6 +4,12 @@
 const MIN_SIDE = 3;
 const CLOSE_PX = 10;
 
+function copied(mask) {
+  const made = Object.assign(document.createElement("canvas"), { width: mask.width, height: mask.height });
+  made.getContext("2d").drawImage(mask, 0, 0);
+  return made;
+}
+
 export class Viewer {
   constructor(canvas, onChange) {
     this.canvas = canvas;
@@ -117,6 +123,52 @@ export class Viewer {
       this.region = null;
     }
     this.changed();
+  }
+
+  /** What was drawn, to be shown again later: the picture it was drawn on and a copy of it. */
+  drawn() {
+    const r = this.region;
+    const copy = r.kind === "brush" ? { ...r, mask: copied(r.mask) } : structuredClone(r);
+    return { picture: this.picture, region: copy };
+  }
+
+  /** Shows a region again, where its picture is still the one on show. */
+  showAgain({ picture, region }) {
+    if (picture.width !== this.picture?.width || picture.height !== this.picture?.height) return false;
+    this.region = region.kind === "brush" ? { ...region, mask: copied(region.mask) } : structuredClone(region);
+    this.changed();
+    return true;
+  }
+
+  /** A small picture of the region and what is around it. */
+  thumb(side) {
+    const [x0, y0, x1, y1] = this.bounds();
+    const width = Math.max(x1 - x0, y1 - y0) * 1.5;
+    const made = Object.assign(document.createElement("canvas"), { width: side, height: side });
+    const pen = made.getContext("2d");
+    pen.setTransform(side / width, 0, 0, side / width, side / 2 - ((x0 + x1) / 2) * (side / width), side / 2 - ((y0 + y1) / 2) * (side / width));
+    pen.drawImage(this.picture, 0, 0);
+    this.outline(pen, width / side);
+    return made;
+  }
+
+  bounds() {
+    const r = this.region;
+    if (r.kind === "box") return this.whole(r.box);
+    if (r.kind === "polygon") {
+      const [xs, ys] = [0, 1].map((axis) => r.points.map((point) => point[axis]));
+      return [Math.min(...xs), Math.min(...ys), Math.max(...xs), Math.max(...ys)];
+    }
+    const { width, height } = r.mask;
+    const inside = r.mask.getContext("2d").getImageData(0, 0, width, height).data;
+    let [x0, y0, x1, y1] = [width, height, 0, 0];
+    for (let y = 0; y < height; y++) {
+      for (let x = 0; x < width; x++) {
+        if (!inside[4 * (y * width + x) + 3]) continue;
+        [x0, y0, x1, y1] = [Math.min(x0, x), Math.min(y0, y), Math.max(x1, x + 1), Math.max(y1, y + 1)];
+      }
+    }
+    return [x0, y0, x1, y1];
   }
 
   /** Arrow keys: moves the box, or with `grow` its lower right corner; without a box begins one in the middle. */
@@ -267,9 +319,14 @@ export class Viewer {
     pen.setTransform(ratio * view.scale, 0, 0, ratio * view.scale, ratio * view.x, ratio * view.y);
     pen.imageSmoothingEnabled = view.scale < 4;
     pen.drawImage(this.picture, 0, 0);
+    this.outline(pen, 1 / view.scale);
+  }
+
+  /** Draws the region; `px` is a pixel of the screen in those of the picture. */
+  outline(pen, px) {
     const r = this.region;
     if (!r) return;
-    pen.lineWidth = 2 / view.scale;
+    pen.lineWidth = 2 * px;
     pen.strokeStyle = "#3ce0c8";
     pen.fillStyle = "#3ce0c82e";
     if (r.kind === "brush") {
@@ -288,7 +345,7 @@ export class Viewer {
     pen.stroke();
     if (r.kind === "polygon" && !r.closed) {
       pen.fillStyle = "#3ce0c8";
-      for (const [x, y] of r.points) pen.fillRect(x - 3 / view.scale, y - 3 / view.scale, 6 / view.scale, 6 / view.scale);
+      for (const [x, y] of r.points) pen.fillRect(x - 3 * px, y - 3 * px, 6 * px, 6 * px);
     }
   }
 

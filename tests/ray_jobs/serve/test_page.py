@@ -123,6 +123,11 @@ def test_polygon_brush_zoom_and_keyboard(page: Any, serve_http: Callable[..., st
     page.locator("#describe").click()
     described(page, 2)
     page.keyboard.press("Escape")
+    page.locator(".card .place").last.click()
+    assert page.locator("#where").inner_text() == "polygon of 3 points", "a card shows its region again"
+    page.locator(".card .place").first.click()
+    assert page.locator("#where").inner_text() == "painted mask"
+    page.keyboard.press("Escape")
     page.locator("#canvas").focus()
     page.keyboard.press("b")
     before = page.locator("#where").inner_text()
