@@ -70,6 +70,7 @@ async function describe(asked) {
   if (answers.length > 1) holder.className = "pair";
   holder.append(...answers.map(([, made]) => made.element));
   $("answers").prepend(holder);
+  holder.scrollIntoView({ block: "nearest" });
   $("empty").hidden = true;
   state.running = new AbortController();
   refresh();

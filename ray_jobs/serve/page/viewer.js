@@ -293,6 +293,7 @@ export class Viewer {
       const mask = document.createElement("canvas");
       mask.width = this.picture.width;
       mask.height = this.picture.height;
+      mask.getContext("2d", { willReadFrequently: true }); // for `bounds`
       this.region = { kind: "brush", mask, painted: false };
     }
     const pen = this.region.mask.getContext("2d");
