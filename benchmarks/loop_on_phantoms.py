@@ -28,25 +28,25 @@ import pyarrow.parquet as pq
 MODEL = "tiny"
 """From scratch; or a checkpoint folder."""
 LABELLED_IMAGES = 150
-UNLABELLED_IMAGES = 240
+UNLABELLED_IMAGES = 200
 DEVELOPMENT_IMAGES = 60
-TEST_IMAGES = 150
+TEST_IMAGES = 120
 SEED = 4_100
 PAINTED: dict[str, Any] = {"surroundings": "anatomy", "images_per_shard": 30}
 """Further settings of `meddam ingest phantoms`, of all sets."""
 ARMS = ("curated", "uncurated", "labelled")
 ROUNDS = 2
-SAMPLES = 4
+SAMPLES = 3
 START: dict[str, Any] = {
-    "max_steps": 700, "learning_rate": 1e-3, "warmup_steps": 60, "open_gates": 1.0, "batch_size": 32,
+    "max_steps": 600, "learning_rate": 1e-3, "warmup_steps": 60, "open_gates": 1.0, "batch_size": 32,
 }  # fmt: skip
 """Of `meddam finetune --model tiny`."""
-FINETUNE: dict[str, Any] = {"max_steps": 150, "learning_rate": 3e-4, "warmup_steps": 15, "batch_size": 32}
+FINETUNE: dict[str, Any] = {"max_steps": 100, "learning_rate": 3e-4, "warmup_steps": 15, "batch_size": 32}
 """Of each round."""
 TRAINING: dict[str, Any] = {"dtype": "float32", "num_workers": 0, "num_threads": 1, "cache_views": True}
 """Of both."""
 CAPTION: dict[str, Any] = {"temperature": 0.7, "max_new_tokens": 96}
-CURATE: dict[str, Any] = {"min_verdicts": 0.85, "min_logprob": -0.5}
+CURATE: dict[str, Any] = {"min_verdicts": 0.85, "keep_confident": 0.6}
 REPEAT_LABELLED = 1
 MINI: dict[str, Any] = {
     "LABELLED_IMAGES": 3, "UNLABELLED_IMAGES": 3, "DEVELOPMENT_IMAGES": 3, "TEST_IMAGES": 3, "SAMPLES": 2, "ROUNDS": 1,

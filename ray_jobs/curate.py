@@ -61,6 +61,8 @@ class Config(BaseModel):
     """Name of a judging of the runs (`meddam judge`) whose verdicts count."""
     min_logprob: float | None = None
     """Least mean log-probability of a caption's tokens."""
+    keep_confident: float | None = Field(None, gt=0, le=1)
+    """Of what the other thresholds leave, this share: the most confident, where no fixed --min-logprob would fit."""
     min_agreement: float | None = Field(None, ge=0, le=1)
     """Least likeness to the other samples of the region; needs runs with --num-samples above 1."""
     min_verdicts: float | None = Field(None, ge=0, le=1)
@@ -163,7 +165,7 @@ def run(cfg: Config) -> Summary:
     if cfg.min_verdicts is not None and cfg.judging is None:
         raise ValueError("--min-verdicts needs --judging NAME: run `meddam judge` first")
     storage.check_writable(cfg.out)
-    tally, filters = _Tally(), filters_of(cfg.rules)
+    tally, filters = _Tally(), filters_of(_with_share(cfg))
     kept_rows, dropped_rows = _Parts(cfg.out, CAPTIONS, _kept_schema()), _Parts(cfg.out, DROPPED, _DROPPED)
 
     def note(drop: Drop) -> None:
@@ -179,6 +181,22 @@ def run(cfg: Config) -> Summary:
     kept_rows.close()
     dropped_rows.close()
     return _finish(cfg, tally)
+
+
+def _with_share(cfg: Config) -> Rules:
+    """The rules, with the threshold on confidence that leaves the share asked for; takes a reading of its own."""
+    if cfg.keep_confident is None:
+        return cfg.rules
+
+    def ignore(drop: Drop) -> None:
+        return None
+
+    each = replace(cfg.rules, max_same_text=None, max_per_patient=None, balance=())  # filters that count come later
+    left = passing(_candidates(cfg, _Tally(), ignore), filters_of(each), ignore)
+    known = sorted(c.caption.mean_logprob for c in left if c.caption.mean_logprob is not None)
+    if not known:
+        raise ValueError("--keep-confident needs mean log-probabilities, and no caption that is left has one")
+    return replace(cfg.rules, min_logprob=known[round((1 - cfg.keep_confident) * (len(known) - 1))])
 
 
 def _candidates(cfg: Config, tally: _Tally, note: Any) -> Iterator[Candidate]:

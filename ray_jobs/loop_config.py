@@ -46,7 +46,7 @@ class Config(BaseModel):
     test: tuple[str, ...] = Field(min_length=1)
     """Labelled shards, one folder a dataset, locked: read once, after the last round."""
     arms: tuple[Arm, ...] = ("curated",)
-    """curated; uncurated: every caption is taken; labelled: as many steps, without pseudo-labels. Several compare."""
+    """curated; uncurated: every finished caption; labelled: as many steps, without pseudo-labels. Several compare."""
     max_rounds: int = Field(3, ge=1)
     """Rounds, at most."""
     patience: int = Field(1, ge=1)

@@ -19,7 +19,7 @@ from meddam_core.reports.round_curve import Series, round_curve_svg
 ARM_NAMES = {"curated": "curated", "uncurated": "not curated", "labelled": "labelled only"}
 ARM_MEANING = {
     "curated": "learns from the pseudo-labels that curation left",
-    "uncurated": "learns from every caption: the control",
+    "uncurated": "learns from every finished caption: the control",
     "labelled": "trains as long, without pseudo-labels: the control for training alone",
 }
 FILTERS = {

@@ -6,6 +6,7 @@ import csv
 import json
 from pathlib import Path
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -71,6 +72,8 @@ def test_what_a_rule_needs_is_said(run: str, tmp_path: Path) -> None:
         curate.run(curate.Config(runs=(run,), out=str(tmp_path), min_verdicts=0.5))
     with pytest.raises(ValueError, match="no judging 'mine'"):
         curate.run(curate.Config(runs=(run,), out=str(tmp_path), judging="mine"))
+    with pytest.raises(ValueError, match="no caption that is left has one"):  # imported captions have none
+        curate.run(curate.Config(runs=(run,), out=str(tmp_path), keep_confident=0.5))
     with pytest.raises(ValueError, match="not published"):
         curate.run(curate.Config(runs=(str(tmp_path / "none"),), out=str(tmp_path)))
 
@@ -103,14 +106,34 @@ def test_without_labels_captions_are_held_against_what_most_of_them_say(
     judge.run(JudgeConfig(run=samples, questions=table, name="agreed", controls=("none",), num_cpus=2))
     cfg = curate.Config(
         runs=(samples,), out=str(tmp_path / "set"), judging="agreed", min_verdicts=0.9, hide_truth=True,
-        balance=("texture",), max_same_text=5,
+        balance=("texture",), balance_ratio=1, max_same_text=5,
     )  # fmt: skip
     summary = curate.run(cfg)
     kept = pq.read_table(tmp_path / "set" / "captions").to_pylist()
     assert {r["sample"] for r in kept} <= {0, 1}
     assert all(r["labels"] == [] and r["truth_share"] is None for r in kept)
-    assert summary.dropped["best_of_samples"] == 16
-    assert summary.dropped["balance"] + summary.dropped.get("same_text", 0) + summary.num_kept == 8
+    assert summary.dropped == {"best_of_samples": 16, "same_text": 3, "balance": 1}  # by what captions state
+    assert summary.num_kept == 4
     assert "right, where truth is known</th>" in (tmp_path / "set" / "yield.html").read_text()
     with pytest.raises(ValueError, match="--hide-truth hides"):
         curate.Config(runs=(samples,), out="x", hide_truth=True, min_truth=0.5)
+
+
+def test_a_share_of_the_most_confident_is_kept(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = curate._read
+
+    def with_confidence(uri: str) -> pa.Table:
+        table = read(uri)
+        logprobs = pa.array([-0.01 * (i % 7) - 0.0001 * i for i in range(table.num_rows)], pa.float32())
+        return table.set_column(table.schema.get_field_index("mean_logprob"), "mean_logprob", logprobs)
+
+    monkeypatch.setattr(curate, "_read", with_confidence)
+    found = {}
+    for share in (1.0, 0.5, 0.01):
+        curate.run(curate.Config(runs=(run,), out=str(tmp_path / str(share)), keep_confident=share))
+        rows = pq.read_table(tmp_path / str(share) / "captions").to_pylist()
+        found[share] = sorted(r["mean_logprob"] for r in rows)
+    assert len(found[1.0]) > 6
+    assert abs(2 * len(found[0.5]) - len(found[1.0])) <= 2
+    assert found[0.5] == found[1.0][-len(found[0.5]) :]
+    assert found[0.01] == found[1.0][-1:]
