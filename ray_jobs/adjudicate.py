@@ -32,6 +32,7 @@ from meddam_core.reports.adjudication_sheet import adjudication_sheet
 from qa_library.questions import Question, from_row
 from ray_jobs.judged_systems import JudgedRun, open_judged
 from ray_jobs.judging_directory import JUDGE, RUN_SET
+from ray_jobs.module_command import run_as
 from ray_jobs.question_files import open_questions
 from ray_jobs.run_directory import SUMMARY
 
@@ -297,3 +298,7 @@ def _shown(interval: tuple[float, float, float]) -> str:
     if value != value:
         return "not defined"
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+if __name__ == "__main__":  # the same options as `meddam adjudicate`
+    run_as("adjudicate")

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from meddam_core import storage
 from meddam_core.records import REGION_BITS
 from meddam_core.shards import shard_facts
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, InputShard, RunDirectory
 
 NUM_EXAMPLES = 20
@@ -149,3 +150,7 @@ def _is_in(values: NDArray[np.int64], ordered: NDArray[np.int64]) -> NDArray[np.
         return np.zeros(len(values), np.bool_)
     at = np.minimum(np.searchsorted(ordered, values), len(ordered) - 1)
     return np.asarray(ordered[at] == values)
+
+
+if __name__ == "__main__":  # the same options as `meddam audit`
+    run_as("audit")

@@ -38,6 +38,7 @@ from ray_jobs.benchmark_grid import (
 )
 from ray_jobs.judge_summary import Summary as JudgeSummary
 from ray_jobs.judged_systems import JudgedRun, open_judged
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
 from ray_jobs.session import session
 from ray_jobs.snapshot import snapshot
@@ -243,3 +244,7 @@ def _leaderboard(cfg: Config, runs: Sequence[JudgedRun]) -> leaderboard.Summary:
         num_resamples=cfg.num_resamples,
     )  # fmt: skip
     return leaderboard.write_leaderboard(settings, runs)
+
+
+if __name__ == "__main__":  # the same options as `meddam benchmark`
+    run_as("benchmark")

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import os
-import runpy
 import sys
 import time
 from typing import Any
@@ -27,6 +26,7 @@ from ray_jobs.caption_config import REMOTE, Config
 from ray_jobs.captioners import AnySpec, release, resolve
 from ray_jobs.estimate import Estimate, estimate
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.monitor import start_monitor
 from ray_jobs.plan import Plan, finish_summary, open_run
 from ray_jobs.progress import progress
@@ -180,6 +180,5 @@ def _give_way() -> None:
     os._exit(5)
 
 
-if __name__ == "__main__":  # the same options as `meddam caption`; an import of the command line here would be a cycle
-    sys.argv.insert(1, "caption")
-    runpy.run_module("ray_jobs.cli", run_name="__main__")
+if __name__ == "__main__":  # the same options as `meddam caption`
+    run_as("caption")

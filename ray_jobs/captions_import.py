@@ -47,6 +47,7 @@ from meddam_core.shards import read_shard, shard_facts
 from ray_jobs import summary as caption_summary
 from ray_jobs.audit import audit
 from ray_jobs.fingerprint import STAGES, inputs_digest
+from ray_jobs.module_command import run_as
 from ray_jobs.publish import flatten
 from ray_jobs.run_directory import MANIFEST, RUN, SUMMARY, InputShard, RunDirectory
 from ray_jobs.snapshot import snapshot
@@ -288,3 +289,7 @@ def _finish(directory: RunDirectory, shards: list[InputShard], files: list[Any],
 
 def _now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S+00:00", time.gmtime())
+
+
+if __name__ == "__main__":  # the same options as `meddam captions`
+    run_as("captions")

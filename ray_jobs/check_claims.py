@@ -21,6 +21,7 @@ from meddam_core.judging.claims import FREE, VERDICTS, ClaimTally, audit
 from meddam_core.records import Caption, Status, from_row
 from qa_library.loader import Library, load_library
 from qa_library.truth import truth_of
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RunDirectory
 
 NUM_SHOWN = 12
@@ -139,3 +140,7 @@ def _summary(out: str, tally: ClaimTally, left: Counter[str]) -> Summary:
         by_attribute=by_attribute,
         contradictions=[(*key, n) for key, n in tally.contradictions.most_common() if key[0] != FREE],
     )  # fmt: skip
+
+
+if __name__ == "__main__":  # the same options as `meddam check claims`
+    run_as("check", "claims")

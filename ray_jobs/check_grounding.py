@@ -32,6 +32,7 @@ from meddam_core.records import Caption, EncodedImage, Image, Status, from_row
 from meddam_core.shards import read_shard, write_shard
 from qa_library.loader import load_library
 from qa_library.schema import TemplateSet
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RunDirectory
 from ray_jobs.snapshot import snapshot
 
@@ -222,3 +223,7 @@ def _figure(rate: Rate | None) -> Figure | None:
     if rate is None:
         return None
     return Figure(value=rate.share.value, low=rate.share.low, high=rate.share.high, num=rate.num)
+
+
+if __name__ == "__main__":  # the same options as `meddam check`
+    run_as("check")

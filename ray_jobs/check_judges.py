@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 from meddam_core import storage
 from meddam_core.judging.statistics import agreement, krippendorff_alpha
 from ray_jobs.judging_directory import JUDGE, Judging, list_judgings
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RunDirectory
 
 Choices = dict[tuple[str, str], str | None]
@@ -113,3 +114,7 @@ def _pair(first: str, second: str, a: list[str | None], b: list[str | None]) -> 
 
 def _defined(alpha: float) -> float | None:
     return None if alpha != alpha else round(alpha, 6)
+
+
+if __name__ == "__main__":  # the same options as `meddam check judges`
+    run_as("check", "judges")

@@ -28,6 +28,7 @@ from meddam_core.records import Image, RowError
 from meddam_core.shards import read_shard
 from qa_library.loader import load_library
 from qa_library.truth import truth_of
+from ray_jobs.module_command import run_as
 from ray_jobs.snapshot import snapshot
 
 logger = logging.getLogger(__name__)
@@ -201,3 +202,7 @@ def _plain(interval: Interval) -> tuple[float, float, float]:
 def _shown(interval: tuple[float, float, float]) -> str:
     value, low, high = (100 * v for v in interval)
     return f"{value:5.1f} % ({low:.1f} to {high:.1f})"
+
+
+if __name__ == "__main__":  # the same options as `meddam check pairs`
+    run_as("check", "pairs")

@@ -56,6 +56,7 @@ from ray_jobs import (
     prefer,
     qa,
     report,
+    retry,
     shorten,
     stage_profile,
     status,
@@ -63,9 +64,9 @@ from ray_jobs import (
 )
 from ray_jobs.ingest_sources import SOURCES
 from ray_jobs.lease import LeaseHeld
-from ray_jobs.options import build, command
+from ray_jobs.options import command
 from ray_jobs.process_end import run_and_end
-from ray_jobs.run_directory import RUN, RunDirectory
+from ray_jobs.run_directory import RunDirectory
 from ray_jobs.serve import config as serve_config
 from ray_jobs.serve import job as serve
 from ray_jobs.summary import EXIT_CONFIG, EXIT_HELD, EXIT_INCOMPLETE
@@ -155,11 +156,7 @@ def _retry(
 
     The captions are a further attempt; where it succeeds they replace the failed ones in a new generation.
     """
-    described = RunDirectory(run).read_json(RUN)
-    if described is None:
-        raise ValueError(f"{run} is not a run directory: it has no {RUN}; give the --out of `meddam caption`")
-    cfg = build(caption_config.Config, {}, config_file, described["config"] | {"out": run})
-    _finish(caption.run(cfg, retry=True), as_json)
+    _finish(retry.run(run, config_file), as_json)
 
 
 @app.command("audit")

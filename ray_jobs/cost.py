@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core import storage
+from ray_jobs.module_command import run_as
 from ray_jobs.progress import duration
 from ray_jobs.run_directory import SUMMARY, RunDirectory
 from ray_jobs.snapshot import snapshot
@@ -192,3 +193,7 @@ def _table(path: Path) -> dict[str, Any]:
     if lacking:
         raise ValueError(f"{path} lacks {', '.join(lacking)}; copy {PRICES} and put your prices in")
     return dict(found)
+
+
+if __name__ == "__main__":  # the same options as `meddam plan`
+    run_as("plan")

@@ -34,6 +34,7 @@ from meddam_core.curation.filters import Drop, Rules, filters_of, passing
 from meddam_core.curation.licences import licence_of_model
 from meddam_core.records import Caption, arrow_schema, from_row, to_row
 from meddam_core.reports.yield_report import yield_report
+from ray_jobs.module_command import run_as
 from ray_jobs.prefer import choices_of
 from ray_jobs.run_directory import RUN, RunDirectory
 
@@ -349,3 +350,7 @@ def _finish(cfg: Config, tally: _Tally) -> Summary:
                 "egress": sorted(tally.egress), **summary.model_dump()}  # fmt: skip
     RunDirectory(cfg.out).write_json(document, CURATION)
     return summary
+
+
+if __name__ == "__main__":  # the same options as `meddam curate`
+    run_as("curate")

@@ -28,6 +28,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meddam_core import storage
 from meddam_core.models import default_model
+from ray_jobs.module_command import run_as
 
 BUCKET = "s3://meddam"
 START_LIMIT_S = 30.0
@@ -163,3 +164,7 @@ def _killed_half_way(run: str, args: list[str]) -> None:
 
 def _say(text: str) -> None:
     typer.secho(f"\n{text}", fg="cyan")
+
+
+if __name__ == "__main__":  # the same options as `meddam demo`
+    run_as("demo")

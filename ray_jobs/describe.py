@@ -27,6 +27,7 @@ from meddam_core.prompts import load_prompt
 from meddam_core.records import Image, Reason, Region, RegionCaption, RowError, Status, image_id, region_id
 from meddam_core.regions.geometry import checked_box, tight_box
 from meddam_core.regions.masks import mask_of_png, rle_of
+from ray_jobs.module_command import run_as
 
 
 class Config(BaseModel):
@@ -178,3 +179,7 @@ def _description(caption: RegionCaption, image: Image, engine: str, kernels: str
         engine=engine,
         kernels=kernels,
     )
+
+
+if __name__ == "__main__":  # the same options as `meddam describe`
+    run_as("describe")

@@ -39,6 +39,7 @@ from meddam_core.judging.egress import Endpoint, Retention
 from meddam_core.judging.llm import BYTES_PER_TOKEN, JudgeCallError, complete, make_client
 from meddam_core.records import Region, Status
 from ray_jobs.judge_calls import RetryRules
+from ray_jobs.module_command import run_as
 from ray_jobs.permits import Grant, Permits, Settled
 
 EXIT_DIFFERENT = 1
@@ -345,3 +346,7 @@ def _device(wanted: str) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+if __name__ == "__main__":  # the same options as `meddam dlc-bench`
+    run_as("dlc-bench")

@@ -11,8 +11,6 @@ bucket's prefix, nothing else. Exit codes: 0 nothing stands in the way of a run,
 from __future__ import annotations
 
 import os
-import runpy
-import sys
 import time
 import uuid
 from email.utils import parsedate_to_datetime
@@ -22,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from meddam_core import storage
 from ray_jobs.doctor_node import MAX_SKEW_S, Finding, judged, node_facts, together
+from ray_jobs.module_command import run_as
 from ray_jobs.summary import EXIT_CONFIG
 
 SPEED_BYTES = 16 << 20
@@ -186,5 +185,4 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
 
 
 if __name__ == "__main__":  # the same options as `meddam doctor`
-    sys.argv.insert(1, "doctor")
-    runpy.run_module("ray_jobs.cli", run_name="__main__")
+    run_as("doctor")

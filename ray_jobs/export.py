@@ -25,6 +25,7 @@ from meddam_core.imaging.render import render
 from meddam_core.records import Caption, arrow_schema, from_row
 from meddam_core.shards import images_by_id
 from ray_jobs.curate import CAPTIONS, CURATION
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, InputShard, RunDirectory
 
 
@@ -128,3 +129,7 @@ def _picture(caption: Caption, shards: list[InputShard] | None) -> Any:
             for image in images_by_id(shard.uri, {caption.image_id}):
                 return render(image, window=get_recipe(image.recipe).window)
     raise ValueError(f"the shard of image {caption.image_id} is gone; export without pixels (--no-pixels)")
+
+
+if __name__ == "__main__":  # the same options as `meddam export`
+    run_as("export")

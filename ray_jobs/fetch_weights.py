@@ -17,6 +17,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field
 
 from meddam_core import storage
+from ray_jobs.module_command import run_as
 
 CHUNK_BYTES = 16 << 20
 
@@ -94,3 +95,7 @@ def _copy_file(uri: str, target: Path, size: int) -> None:
 def _full(prefix: str) -> str:
     """The prefix as listings write it."""
     return prefix if storage.is_s3(prefix) else storage.open_uri(prefix)[1].rstrip("/") + "/"
+
+
+if __name__ == "__main__":  # the same options as `meddam fetch-weights`
+    run_as("fetch-weights")

@@ -18,8 +18,6 @@ import itertools
 import json
 import logging
 import pickle
-import runpy
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -39,6 +37,7 @@ from ray_jobs.finetune_config import Config
 from ray_jobs.finetune_worker import CURVE, MODEL, Spec, World, reader, train
 from ray_jobs.fingerprint import differences, inputs_digest, weights_digest
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
 from ray_jobs.session import session
 from ray_jobs.snapshot import snapshot
@@ -292,6 +291,5 @@ def _finish(spec: Spec, directory: RunDirectory, seconds: float) -> Summary:
     return summary
 
 
-if __name__ == "__main__":  # the same options as `meddam finetune`; an import of the command line would be a cycle
-    sys.argv.insert(1, "finetune")
-    runpy.run_module("ray_jobs.cli", run_name="__main__")
+if __name__ == "__main__":  # the same options as `meddam finetune`
+    run_as("finetune")

@@ -22,6 +22,7 @@ from meddam_core.judging.phrases import Phrase, phrases
 from meddam_core.records import Caption, from_row
 from meddam_core.reports.grounded import grounded_page, grounded_report
 from qa_library.loader import load_library
+from ray_jobs.module_command import run_as
 from ray_jobs.report import pictured
 from ray_jobs.run_directory import RUN, RunDirectory
 
@@ -142,3 +143,7 @@ def _sample(files: list[str], cfg: Config) -> set[int]:
 
 def _number(image: int, seed: int) -> bytes:
     return hashlib.blake2b(f"{seed}:{image}".encode(), digest_size=8).digest()
+
+
+if __name__ == "__main__":  # the same options as `meddam grounded`
+    run_as("grounded")

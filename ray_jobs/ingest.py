@@ -26,7 +26,6 @@ import hashlib
 import json
 import logging
 import os
-import runpy
 import secrets
 import sys
 import time
@@ -48,6 +47,7 @@ from ray_jobs.ingest_config import Config, LidcIdriConfig
 from ray_jobs.ingest_parts import IngestPart, PartCounts, write_parts
 from ray_jobs.ingest_splits import deal_splits
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.region_table import RegionSummary, write_region_table
 from ray_jobs.session import session
 
@@ -258,6 +258,5 @@ def _give_way() -> None:
     os._exit(5)
 
 
-if __name__ == "__main__":  # the same options as `meddam ingest`; an import of the command line here would be a cycle
-    sys.argv.insert(1, "ingest")
-    runpy.run_module("ray_jobs.cli", run_name="__main__")
+if __name__ == "__main__":  # the same options as `meddam ingest`
+    run_as("ingest")

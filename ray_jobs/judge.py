@@ -38,6 +38,7 @@ from ray_jobs.judge_plan import Plan, Slice, make_plan, write_controls
 from ray_jobs.judge_summary import Summary, finish, now
 from ray_jobs.judging_directory import JUDGE, RUN_SET
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.permits import end_permits, start_permits
 from ray_jobs.question_files import open_questions
 from ray_jobs.run_directory import SUMMARY, RunDirectory
@@ -188,3 +189,7 @@ def _give_way() -> None:
     sys.stderr.write("meddam: lost the lease of the judging to another driver; stopping\n")
     sys.stderr.flush()
     os._exit(EXIT_HELD)
+
+
+if __name__ == "__main__":  # the same options as `meddam judge`
+    run_as("judge")

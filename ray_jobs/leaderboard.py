@@ -23,6 +23,7 @@ from meddam_core.reports.leaderboard_report import BoardFacts, leaderboard_repor
 from meddam_core.reports.leaderboard_tables import eval_results, leaderboard_csv
 from ray_jobs.judged_systems import JudgedRun, open_judged, read_llm_scores, read_systems
 from ray_jobs.judging_directory import JUDGE
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import SUMMARY
 
 PAGE, TABLE, FIGURES, RESULTS = "leaderboard.html", "leaderboard.csv", "leaderboard.json", "eval_results"
@@ -213,3 +214,7 @@ def _points(share: float) -> float | None:
 
 def _shown(value: float | None) -> str:
     return "-" if value is None else f"{value:.1f}"
+
+
+if __name__ == "__main__":  # the same options as `meddam leaderboard`
+    run_as("leaderboard")

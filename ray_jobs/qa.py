@@ -40,6 +40,7 @@ from qa_library.build import ImageRow, Settings, questions_of_image
 from qa_library.loader import Library, load_library
 from qa_library.schema import Rendering
 from ray_jobs.fingerprint import differences, inputs_digest
+from ray_jobs.module_command import run_as
 from ray_jobs.question_files import SUMMARY, write_questions
 from ray_jobs.run_directory import RUN, RunDirectory
 from ray_jobs.snapshot import snapshot
@@ -304,3 +305,7 @@ def _summary(cfg: Config, total: Counter[tuple[str, str, str]], fingerprint: dic
         by_source=named("source"), dropped=dropped,
         library=str(fingerprint["library"]), fingerprint=fingerprint,
     )  # fmt: skip
+
+
+if __name__ == "__main__":  # the same options as `meddam qa`
+    run_as("qa")

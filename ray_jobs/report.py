@@ -35,6 +35,7 @@ from meddam_core.reports.sample import CaptionSample
 from meddam_core.reports.tally import CaptionTally
 from meddam_core.shards import images_by_id
 from ray_jobs.dataset_report import write_dataset_report
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, SUMMARY, InputShard, RunDirectory
 from ray_jobs.snapshot import has_shards
 
@@ -221,3 +222,7 @@ def _decoding(sampling: dict[str, Any], num_samples: int) -> str:
 def _licences(described: dict[str, Any], tally: CaptionTally) -> list[str]:
     images = ", ".join(f"{name} ({count:,} captions)" for name, count in tally.licences.most_common())
     return [f"Licences of the images: {images or 'none'}.", f"{described['licence'].capitalize()}."]
+
+
+if __name__ == "__main__":  # the same options as `meddam report`
+    run_as("report")

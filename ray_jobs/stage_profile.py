@@ -23,6 +23,7 @@ from meddam_core.imaging.render import render_stored, stored_pixels
 from meddam_core.prompts import load_prompt
 from meddam_core.records import Image, RowError
 from meddam_core.shards import read_shard
+from ray_jobs.module_command import run_as
 from ray_jobs.snapshot import snapshot
 from ray_jobs.views import pack
 
@@ -200,3 +201,7 @@ def _sampling(max_new_tokens: int) -> Any:
     from meddam_core.engines.base import Sampling
 
     return Sampling(max_new_tokens=max_new_tokens)
+
+
+if __name__ == "__main__":  # the same options as `meddam profile`
+    run_as("profile")

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from meddam_core import storage
+from ray_jobs.module_command import run_as
 from ray_jobs.progress import duration
 from ray_jobs.progress_file import AT_WORK, PROGRESS
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
@@ -130,3 +131,7 @@ def _unpublished(counts: dict[str, Any], said: dict[str, Any], silent_s: float |
         by_reason=said.get("by_reason", {}), worker_deaths=said.get("worker_deaths", 0), num_part_files=num_files,
         driver=said.get("driver"), seconds_since_sign_of_life=silent_s, why=said.get("why"),
     )  # fmt: skip
+
+
+if __name__ == "__main__":  # the same options as `meddam status`
+    run_as("status")

@@ -40,6 +40,7 @@ from meddam_core.records import REGION_BITS
 from meddam_core.shards import appearing_whole
 from ray_jobs.audit import audit
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
 from ray_jobs.snapshot import snapshot
 
@@ -253,3 +254,7 @@ def _record(place: str, key: str, summary: Summary) -> None:
         "num_rows": summary.num_rows[place], "not_looked_into": summary.not_looked_into,
     }  # fmt: skip
     storage.write_bytes(uri, json.dumps([*before, entry], indent=2).encode())
+
+
+if __name__ == "__main__":  # the same options as `meddam withdraw`
+    run_as("withdraw")

@@ -6,11 +6,16 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
+import typer
+
+from ray_jobs import cli
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("meddam_core", "qa_library", "ray_jobs")
@@ -145,3 +150,23 @@ def test_the_versions_that_are_pinned_are_the_versions_that_are_asked_for() -> N
         if requirement.name == project["name"]:
             continue
         assert requirement.specifier.contains(pins[requirement.name.replace("_", "-").lower()]), requirement
+
+
+COMMANDS_WITHOUT_A_JOB = {"verify", "qa lint", "qa show"}
+"""They read what lies on this machine: nothing to submit."""
+
+
+def commands(group: Any, words: tuple[str, ...] = ()) -> Iterator[str]:
+    for word, command in group.commands.items():
+        yield from commands(command, (*words, word)) if hasattr(command, "commands") else [" ".join((*words, word))]
+
+
+def test_every_command_is_a_module_that_can_be_submitted() -> None:
+    """`ray job submit -- python -m ray_jobs.judge ...`: a module without that line ends with 0 and does nothing."""
+    found = re.compile(r'^if __name__ == "__main__":.*\n    run_as\((.*)\)$', re.MULTILINE)
+    texts = [f.read_text() for f in PRODUCT if name(f).startswith("ray_jobs/")]
+    words = [" ".join(ast.literal_eval(f"({m.group(1)},)")) for t in texts for m in found.finditer(t)]
+    assert len(words) == len(set(words)) > 20
+    wanted = {c for c in commands(typer.main.get_command(cli.app)) if c not in COMMANDS_WITHOUT_A_JOB}
+    assert [c for c in sorted(wanted) if not any(c == w or c.startswith(w + " ") for w in words)] == []
+    assert [w for w in words if not any(c == w or c.startswith(w + " ") for c in wanted)] == []

@@ -18,6 +18,7 @@ import typer
 import yaml
 from pydantic import BaseModel, ConfigDict
 
+from ray_jobs.module_command import run_as
 from ray_jobs.serve.config import Config
 from ray_jobs.session import session
 
@@ -101,3 +102,7 @@ def end() -> None:
 
     serve.delete(APP)  # waits until the replicas have drained
     serve.shutdown()
+
+
+if __name__ == "__main__":  # the same options as `meddam serve`
+    run_as("serve")

@@ -26,6 +26,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 120.0
+SUBMIT = ("job", "submit", "--working-dir", ".", "--runtime-env", "runtime_env.yaml")
 AGENTS = ("dashboard-agent-listen", "dashboard-agent-grpc", "metrics-export", "runtime-env-agent")
 
 
@@ -41,6 +42,8 @@ class Head:
     """Of a client that has the token."""
     checkout: Path
     """A copy of what a job carries: a working directory must not change while it is sent."""
+    logs: Path
+    """Where Ray keeps the logs of everything on this node, jobs' drivers among them."""
 
     def ray(self, *words: str, token: bool = True) -> subprocess.CompletedProcess[str]:
         """Runs `ray WORDS` in the checkout."""
@@ -51,6 +54,10 @@ class Head:
         return subprocess.run(
             command, cwd=self.checkout, env=env, capture_output=True, text=True, check=False, timeout=300
         )
+
+    def job(self, module: str, *words: str) -> subprocess.CompletedProcess[str]:
+        """Submits `python -m MODULE WORDS` with this checkout as its working directory, and waits for its end."""
+        return self.ray(*SUBMIT, "--", "python", "-m", module, *words)
 
     def get(self, path: str, token: str | None) -> int:
         """The status of a GET request to the dashboard's API."""
@@ -126,6 +133,7 @@ def started_head(folder: Path, *flags: str, **extra: str) -> Iterator[Head]:
             metrics_url=f"http://127.0.0.1:{agents[2]}/metrics",
             address=f"127.0.0.1:{port}",
             checkout=checkout,
+            logs=Path(scratch) / "session_latest" / "logs",
             url=f"http://127.0.0.1:{dashboard}",
             env=env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"},
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import time
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,18 +13,11 @@ from ray_jobs.audit import audit
 from ray_jobs.run_directory import RunDirectory
 from ray_jobs.status import Config as StatusConfig
 from ray_jobs.status import run as status
-from tests.cluster.head import ROOT, Head, started_head
+from tests.cluster.head import ROOT, SUBMIT, Head
 from tests.ray_jobs.made_shards import make_shards
 
 MODEL = str(ROOT / "tests/data/oracle/dam_tiny/checkpoint")
 SECRET_WORDS = "crimson ellipsoid"
-SUBMIT = ("job", "submit", "--working-dir", ".", "--runtime-env", "runtime_env.yaml")
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Head]:
-    with started_head(tmp_path_factory.mktemp("head"), OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) as found:
-        yield found
 
 
 def test_a_caption_job_is_submitted_with_a_token_and_not_without(head: Head, tmp_path: Path) -> None:
