@@ -26,7 +26,8 @@ import pyarrow as pa
 
 T = TypeVar("T")
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of the rows below; what each version changed, and the way from one to the next: meddam_core.migrations."""
 ROW_BITS = 24
 """Rows a shard can hold: 2**24."""
 REGION_BITS = 4
@@ -413,9 +414,11 @@ def _typed(hint: Any, value: Any) -> Any:
         if unknown:
             raise ValueError(
                 f"unknown column {sorted(unknown)} in a row of {typing.cast(type, hint).__name__}: "
-                f"this shard was written with another schema than version {SCHEMA_VERSION}"
+                f"this file was written with another schema than version {SCHEMA_VERSION}"
             )
-        return typing.cast(type, hint)(**{k: _typed(hints[k], v) for k, v in value.items()})
+        filled = _filled(typing.cast(type, hint))
+        given = ((k, v) for k, v in value.items() if v is not None or k not in filled)
+        return typing.cast(type, hint)(**{k: _typed(hints[k], v) for k, v in given})
     origin = typing.get_origin(hint)
     if origin is tuple:
         return tuple(value)
@@ -429,3 +432,11 @@ def _typed(hint: Any, value: Any) -> Any:
 @cache
 def _hints(record: type) -> dict[str, Any]:
     return typing.get_type_hints(record)
+
+
+@cache
+def _filled(record: type) -> frozenset[str]:
+    """Fields whose null means their default: a column that a file of an older version lacks is read as nulls."""
+    optional = {k for k, hint in _hints(record).items() if type(None) in typing.get_args(hint)}
+    default = {f.name for f in dataclasses.fields(record) if f.default_factory is not dataclasses.MISSING}
+    return frozenset(default - optional)

@@ -9,7 +9,8 @@ Invariants:
 - a shard appears whole or not at all, and the same rows give the same bytes;
 - memory holds one row group, about ROW_GROUP_BYTES of pictures, whatever the shard's size;
 - pictures are compressed already (PNG, JPEG), so their columns are stored as they are; all others are zstd;
-- a shard of another schema is a ValueError that names the difference.
+- a shard of an older schema version is upgraded as it is read; one of a newer version, or of another schema, is a
+  ValueError that names the difference.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from meddam_core import storage
+from meddam_core.migrations import upgraded, version_of
 from meddam_core.records import SCHEMA_VERSION, Image, arrow_schema, from_row, to_row
 
 ROW_GROUP_BYTES = 16 << 20
@@ -69,6 +71,24 @@ def write_shard(
             writer.add_key_value_metadata(dict(metadata()))
 
 
+def merge_shards(sources: Sequence[str], target: str, metadata: Mapping[str, str]) -> int:
+    """Writes the rows of shards, one after another and in the present schema, as one shard; returns how many.
+
+    Ids and pictures stay as they are. Raises as `read_shard` does, and nothing is written then.
+    """
+    schema = shard_schema(metadata)
+    num_rows = 0
+    with appearing_whole(target) as path, _writer(path, schema) as writer:
+        for uri in sources:
+            with _opened(uri) as file:
+                version = version_of(file.schema_arrow, Image, uri)
+                for group in range(file.num_row_groups):
+                    table = upgraded(file.read_row_group(group), Image, version)
+                    writer.write_table(table.cast(schema))
+                    num_rows += table.num_rows
+    return num_rows
+
+
 def read_shard(uri: str, columns: list[str] | None = None, batch_rows: int = 8) -> Iterator[Image]:
     """The rows of a shard, streamed. Raises ValueError where it is not an image shard of this schema.
 
@@ -76,8 +96,8 @@ def read_shard(uri: str, columns: list[str] | None = None, batch_rows: int = 8) 
     hold no bytes.
     """
     with _opened(uri) as file:
-        for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
-            for row in batch.to_pylist():
+        for table in _tables(uri, file, batch_rows, columns):
+            for row in table.to_pylist():
                 if columns is not None:
                     row.setdefault("image", {"bytes": None, "path": None})
                     row.setdefault("preview", {"bytes": None, "path": None})
@@ -87,8 +107,7 @@ def read_shard(uri: str, columns: list[str] | None = None, batch_rows: int = 8) 
 def shard_batches(uri: str, leaves: Sequence[str], batch_rows: int = 4096) -> Iterator[pa.Table]:
     """The rows of a shard with some of its leaves only (Parquet's names), as tables. Raises as `read_shard` does."""
     with _opened(uri) as file:
-        for batch in file.iter_batches(batch_size=batch_rows, columns=list(leaves)):
-            yield pa.Table.from_batches([batch])
+        yield from _tables(uri, file, batch_rows, list(leaves))
 
 
 def images_by_id(uri: str, ids: Set[int]) -> Iterator[Image]:
@@ -98,7 +117,7 @@ def images_by_id(uri: str, ids: Set[int]) -> Iterator[Image]:
             held = file.read_row_group(group, columns=["image_id"])["image_id"].to_numpy()
             rows = np.flatnonzero(np.isin(held, list(ids)))
             if len(rows):
-                table = file.read_row_group(group)
+                table = upgraded(file.read_row_group(group), Image, version_of(file.schema_arrow, Image, uri))
                 for row in rows.tolist():
                     yield from_row(Image, table.slice(row, 1).to_pylist()[0])
 
@@ -218,6 +237,14 @@ def appearing_whole(uri: str) -> Iterator[str]:
         boto3.client("s3", endpoint_url=storage.s3_endpoint()).upload_file(local, bucket, key)
 
 
+def _tables(uri: str, file: pq.ParquetFile, batch_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:
+    """Batches of rows in the present schema; `columns` may name leaves."""
+    version = version_of(file.schema_arrow, Image, uri)
+    names = None if columns is None else [column.partition(".")[0] for column in columns]
+    for batch in file.iter_batches(batch_size=batch_rows, columns=columns):
+        yield upgraded(pa.Table.from_batches([batch]), Image, version, names)
+
+
 @contextmanager
 def _opened(uri: str) -> Iterator[pq.ParquetFile]:
     fs, path = storage.open_uri(uri)
@@ -231,16 +258,23 @@ def _opened(uri: str) -> Iterator[pq.ParquetFile]:
 
 
 def _check_schema(uri: str, found: pa.Schema) -> None:
+    """Raises ValueError unless `found` is an image shard's schema of a version that can be read."""
     entries = found.metadata or {}
     kind, version = (entries.get(k, b"none").decode() for k in (b"meddam.schema", b"meddam.schema_version"))
-    wanted = arrow_schema(Image)
-    missing = sorted(set(wanted.names) - set(found.names))
-    unknown = sorted(set(found.names) - set(wanted.names))
-    if kind != Image.__name__ or version != str(SCHEMA_VERSION) or missing or unknown:
-        raise ValueError(
-            f"{uri} is not an image shard of schema version {SCHEMA_VERSION}: it says {kind}, version {version}, "
-            f"lacks the columns {missing} and has the unknown columns {unknown}; make it again with `meddam ingest`"
-        )
+    is_shard = kind == Image.__name__ and version.isdigit() and int(version) > 0
+    if is_shard:
+        known = upgraded(found.empty_table(), Image, version_of(found, Image, uri)).column_names
+        lacks = sorted(set(arrow_schema(Image).names) - set(known))
+        unknown = sorted(set(found.names) - set(arrow_schema(Image).names))
+        if not lacks and not unknown:
+            return
+        said = f"lacks the columns {lacks} and has the unknown columns {unknown}"
+    else:
+        said = f"it says {kind}, version {version}"
+    raise ValueError(
+        f"{uri} is not an image shard of schema version {SCHEMA_VERSION} or older: {said}; "
+        "make it again with `meddam ingest`"
+    )
 
 
 def _metadata(file: pq.ParquetFile) -> dict[str, str]:

@@ -26,7 +26,7 @@ from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, InputShard, RunDirectory
 
 NUM_EXAMPLES = 20
-FILES_AT_ONCE = 256
+FILES_AT_ONCE = 64
 """Caption files whose columns may wait in memory."""
 
 

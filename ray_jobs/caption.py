@@ -20,6 +20,7 @@ import time
 from typing import Any
 
 from meddam_core import storage
+from meddam_core.shards import shard_schema
 from ray_jobs.actors import DescribeRegions, ExtractRegions
 from ray_jobs.audit import audit
 from ray_jobs.caption_config import REMOTE, Config
@@ -137,7 +138,7 @@ def read_shards(plan: Plan, shares: Shares) -> Any:
     filesystem, _ = storage.open_uri(plan.unfinished[0].uri)
     images = ray.data.read_parquet(
         [storage.open_uri(s.uri)[1] for s in plan.unfinished], filesystem=filesystem, partitioning=None,
-        num_cpus=shares.read,
+        num_cpus=shares.read, schema=shard_schema({}),  # not the first file's: an older one may lack columns
     )  # fmt: skip
     if plan.only is not None:  # an attempt beyond the first: only what failed
         images = images.map_batches(functools.partial(_only, ids=ray.put(plan.only)), batch_format="pyarrow")

@@ -48,8 +48,8 @@ from ray_jobs import summary as caption_summary
 from ray_jobs.audit import audit
 from ray_jobs.fingerprint import STAGES, inputs_digest
 from ray_jobs.module_command import run_as
-from ray_jobs.publish import flatten
-from ray_jobs.run_directory import MANIFEST, RUN, SUMMARY, InputShard, RunDirectory
+from ray_jobs.publish import flatten, write_manifest
+from ray_jobs.run_directory import RUN, SUMMARY, InputShard, RunDirectory
 from ray_jobs.snapshot import snapshot
 
 IMPORTED = "imported"
@@ -130,11 +130,11 @@ def run(cfg: Config) -> Summary:
     for i, shard in enumerate(shards):
         captions = _captions(shard, texts, prompts, num_samples, cfg.model)
         if captions.num_rows:
-            files.append({"name": f"captions-{i:06d}.parquet", "num_rows": captions.num_rows, "part": shard.uri})
+            files.append({"name": f"captions-{i:06d}.parquet", "num_rows": captions.num_rows, "parts": [shard.uri]})
             sink = io.BytesIO()
             pq.write_table(captions, sink, compression="zstd")
             storage.write_bytes(directory.at("captions", "gen=1", str(files[-1]["name"])), sink.getvalue())
-    directory.write_json({"files": files}, "captions", "gen=1", MANIFEST)
+    write_manifest(directory, 1, files)
     return _finish(directory, shards, files, texts.regions[~np.isin(texts.regions, regions)])
 
 

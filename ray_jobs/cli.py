@@ -36,6 +36,7 @@ from ray_jobs import (
     check_grounding,
     check_judges,
     check_pairs,
+    compact,
     cost,
     curate,
     demo,
@@ -53,6 +54,7 @@ from ray_jobs import (
     leaderboard,
     loop,
     loop_config,
+    migrate,
     prefer,
     qa,
     report,
@@ -266,6 +268,14 @@ _job("doctor", doctor.Config, doctor.run, [], {}, "Look whether this cluster and
 _job(
     "withdraw", withdraw.Config, withdraw.run, ["places"], {},
     "Take a patient's rows out of datasets, runs and exports, and record that it was done.",
+)  # fmt: skip
+_job(
+    "compact", compact.Config, compact.run, ["place"], {"out": "-o"},
+    "Merge small files: a run's captions into a further generation, or shards into another place.",
+)  # fmt: skip
+_job(
+    "migrate", migrate.Config, migrate.run, ["place"], {"out": "-o"},
+    "Write shards or captions of an older schema version anew. Readers upgrade them anyway.",
 )  # fmt: skip
 _job(
     "profile", stage_profile.Config, stage_profile.run, ["shards"], {"model": "-m"},

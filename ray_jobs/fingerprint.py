@@ -10,10 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from meddam_core.records import SCHEMA_VERSION
 from ray_jobs.run_directory import InputShard
 
-STAGES = {"rows": SCHEMA_VERSION, "render": 1, "regions": 2, "focal": 1, "tokens": 1, "sampling": 1}
+STAGES = {"rows": 1, "render": 1, "regions": 2, "focal": 1, "tokens": 1, "sampling": 1}
 """A number per stage, raised whenever the same input would give another output."""
 
 _CHUNK = 1 << 22

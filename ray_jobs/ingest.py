@@ -43,6 +43,7 @@ from meddam_core.datasets.rows import RowRules
 from meddam_core.imaging.deidentify import keyed_hash
 from meddam_core.imaging.limits import Limits
 from meddam_core.records import SCHEMA_VERSION, Egress
+from ray_jobs.crosswalk import check_place, write_crosswalk
 from ray_jobs.ingest_config import Config, LidcIdriConfig
 from ray_jobs.ingest_parts import IngestPart, PartCounts, write_parts
 from ray_jobs.ingest_splits import deal_splits
@@ -67,6 +68,8 @@ TRANSIENT = (
     "AWS Error UNKNOWN (HTTP status 503)",
 )
 """A part whose store answers so is tried again, a few times and with pauses; a file is not rejected for it."""
+_PRIVATE = {"secret_file", "crosswalk", "num_cpus"}
+"""Settings of this machine, which decide nothing about the shards and are written nowhere."""
 _LABELS = ("splits", "modalities", "recipes")
 
 
@@ -117,9 +120,19 @@ def run(cfg: Config) -> Summary | RegionSummary:
     """
     if isinstance(cfg, LidcIdriConfig) and cfg.regions_only:
         return write_region_table(cfg)
+    secret = _secret(cfg)
+    if cfg.crosswalk is not None:
+        check_place(cfg.crosswalk, cfg.out, secret)
+    summary = _ingest(cfg, secret)
+    if cfg.crosswalk is not None and secret is not None:
+        found = write_crosswalk(cfg.crosswalk, cfg.out, cfg.source(), secret)
+        sys.stderr.write(found.line() + "\n")
+    return summary
+
+
+def _ingest(cfg: Config, secret: bytes | None) -> Summary:
     source = cfg.source() if cfg.segmenter is None else Prompted(inner=cfg.source(), segmenter=cfg.segmenter)
     storage.check_writable(cfg.out)
-    secret = _secret(cfg)
     fingerprint = _fingerprint(cfg, source, secret)
     with Lease(cfg.out, on_lost=_give_way):
         done = _finished(cfg, fingerprint)
@@ -169,11 +182,12 @@ def _fingerprint(cfg: Config, source: Source, secret: bytes | None) -> str:
     """Of everything that decides the shards; the secret only by a hash of its own."""
     if cfg.recipe != AUTO:
         get_recipe(cfg.recipe)
-    settings = cfg.model_dump(mode="json", exclude={"out", "secret_file", "num_cpus"})
+    settings = cfg.model_dump(mode="json", exclude={"out", *_PRIVATE})
     if cfg.labels:  # sets that were made before it could be said keep their fingerprint
         del settings["labels"]
     keyed = keyed_hash(secret, "fingerprint") if secret else None
-    facts = [VERSION, SCHEMA_VERSION, type(cfg).__name__, settings, source.fingerprint(), keyed]
+    rows = 1  # not the schema's version: shards of two of them lie well in one dataset
+    facts = [VERSION, rows, type(cfg).__name__, settings, source.fingerprint(), keyed]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -248,7 +262,7 @@ def _publish(cfg: Config, rules: RowRules, fingerprint: str, counts: Iterable[Pa
 
 
 def _shown(cfg: Config) -> dict[str, Any]:
-    return {"source": type(cfg).__name__, **cfg.model_dump(mode="json", exclude={"secret_file", "num_cpus"})}
+    return {"source": type(cfg).__name__, **cfg.model_dump(mode="json", exclude=_PRIVATE)}
 
 
 def _give_way() -> None:

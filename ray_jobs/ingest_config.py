@@ -59,6 +59,8 @@ class Config(BaseModel):
     """Larger pictures are rejected before they are decoded."""
     secret_file: Path | None = None
     """File with the secret for patient, study and image keys; by default the variable MEDDAM_SECRET."""
+    crosswalk: Path | None = None
+    """File of this machine (0600) to add the way back from keys to patients and studies to (docs/security.md)."""
     num_cpus: int | None = Field(None, ge=2)
     """CPUs of a Ray session started on this machine."""
 

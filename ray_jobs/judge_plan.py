@@ -176,15 +176,17 @@ def write_controls(plan: Plan) -> None:
 
 def read_slice(job: Slice, more: Sequence[str] = ()) -> list[dict[str, Any]]:
     """The captions of a slice, with `more` columns where wanted."""
-    rows: list[dict[str, Any]] = []
-    at = 0
-    for batch in _batches(job.uri, [*CAPTION_COLUMNS, *more]):
-        start, end = max(job.first - at, 0), min(job.first + job.num - at, batch.num_rows)
-        if start < end:
-            rows += batch.slice(start, end - start).to_pylist()
-        at += batch.num_rows
-        if at >= job.first + job.num:
-            break
+    fs, path = storage.open_uri(job.uri)
+    with fs.open_input_file(path) as stream:
+        file = pq.ParquetFile(stream)
+        sizes = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = np.cumsum(sizes)
+        held = [i for i, end in enumerate(ends) if end > job.first and end - sizes[i] < job.first + job.num]
+        if not held:
+            return []
+        table = file.read_row_groups(held, columns=[*CAPTION_COLUMNS, *more])
+    before = int(ends[held[0]]) - sizes[held[0]]
+    rows: list[dict[str, Any]] = table.slice(job.first - before, job.num).to_pylist()
     return rows
 
 

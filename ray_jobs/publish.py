@@ -1,11 +1,15 @@
 """From parts to the published table: one caption a row, each image once, its latest attempt.
 
-One Ray task a part file; the driver sees ids and counts, never captions. A generation is a folder of whole files named
-by its manifest; a publication that died half-way is not named by any summary, and the next one takes a new number.
+Part files that follow each other go into one caption file of about FILE_BYTES, by one Ray task; the driver sees ids and
+counts, never captions. A generation is a folder of whole files named by its manifest; a publication that died half-way
+is not named by any summary, and the next one takes a new number.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +20,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from meddam_core import storage
-from meddam_core.records import Caption, CaptionedImage, arrow_schema
+from meddam_core.records import SCHEMA_VERSION, Caption, CaptionedImage, arrow_schema
+from meddam_core.shards import appearing_whole
 from ray_jobs.audit import images_in
 from ray_jobs.run_directory import MANIFEST, RunDirectory
+
+FILE_BYTES = 32 << 20
+"""Of part files that go into one caption file: tens of thousands of captions. Readers hold one such file at a time."""
+ROW_GROUP_ROWS = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,25 +45,74 @@ def publish(run: RunDirectory) -> Generation:
     """Writes a new generation from all part files of the run and names its files in a manifest. Needs Ray."""
     import ray
 
-    parts = run.part_files()
-    dropped = _superseded(parts)
+    parts = run.sized_parts()
+    dropped = _superseded([(attempt, uri) for attempt, uri, _ in parts])
     number = run.next_generation()
     folder = run.generation(number)
     jobs = [
-        {"part": uri, "out": storage.join(folder, f"captions-{i:06d}.parquet"), "drop": dropped.get(uri, [])}
-        for i, (_, uri) in enumerate(parts)
-    ]
+        {"parts": uris, "out": storage.join(folder, f"captions-{i:06d}.parquet"),
+         "drop": [dropped.get(uri, []) for uri in uris]}
+        for i, uris in enumerate(grouped([(uri, size) for _, uri, size in parts], FILE_BYTES))
+    ]  # fmt: skip
     done: list[dict[str, Any]] = []
     if jobs:
         ray.data.DataContext.get_current().checkpoint_config = None  # this is no resumable job: it takes a new folder
-        published = ray.data.from_items(jobs).map(_publish_part, num_cpus=0.25)
+        published = ray.data.from_items(jobs).map(_publish_parts, num_cpus=0.25)
         done = sorted((row for row in published.iter_rows() if row["num_rows"]), key=lambda row: row["name"])
-    files = [{"name": row["name"], "num_rows": row["num_rows"], "part": row["part"]} for row in done]
-    run.write_json({"files": files}, "captions", f"gen={number}", MANIFEST)
+    files = [{name: row[name] for name in ("name", "num_rows", "parts")} for row in done]
+    write_manifest(run, number, files)
     return Generation(
         number=number, files=[storage.join(folder, f["name"]) for f in files],
         num_tokens=sum(row["num_tokens"] for row in done), num_superseded=sum(len(d) for d in dropped.values()),
     )  # fmt: skip
+
+
+def grouped(files: Sequence[tuple[str, int]], num_bytes: int) -> Iterator[list[str]]:
+    """(URI, bytes) that follow each other, in groups of `num_bytes` or little more; one that is larger stands alone."""
+    group: list[str] = []
+    held = 0
+    for uri, size in files:
+        if group and held + size > num_bytes:
+            yield group
+            group, held = [], 0
+        group.append(uri)
+        held += size
+    if group:
+        yield group
+
+
+def write_manifest(run: RunDirectory, number: int, files: Sequence[dict[str, Any]]) -> None:
+    """Names the files of a generation: `name` and `num_rows` of each, and what it was made of."""
+    manifest = {"schema_version": SCHEMA_VERSION, "files": list(files)}
+    run.write_json(manifest, "captions", f"gen={number}", MANIFEST)
+
+
+def write_captions(uri: str, tables: Iterable[pa.Table]) -> Counter[str]:
+    """Writes Caption rows as one file, a row group of about ROW_GROUP_ROWS in memory; none where there is no row.
+
+    Returns how many rows and tokens these are.
+    """
+    counts: Counter[str] = Counter()
+    groups = _row_groups(tables)
+    first = next(groups, None)
+    if first is None:
+        return counts
+    with appearing_whole(uri) as path, pq.ParquetWriter(path, arrow_schema(Caption), compression="zstd") as writer:
+        for group in itertools.chain([first], groups):
+            writer.write_table(group)
+            counts.update(rows=group.num_rows, tokens=pc.sum(group["num_tokens"]).as_py() or 0)
+    return counts
+
+
+def _row_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    held: list[pa.Table] = []
+    for table in tables:
+        held.append(table)
+        if sum(t.num_rows for t in held) >= ROW_GROUP_ROWS:
+            yield pa.concat_tables(held)
+            held = []
+    if sum(t.num_rows for t in held):
+        yield pa.concat_tables(held)
 
 
 def flatten(images: pa.Table) -> pa.Table:
@@ -75,22 +133,23 @@ def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _publish_part(job: dict[str, Any]) -> dict[str, Any]:
-    fs, path = storage.open_uri(job["part"])
-    images = pq.read_table(path, filesystem=fs, partitioning=None, schema=arrow_schema(CaptionedImage))
-    if len(job["drop"]):
-        keep = np.ones(images.num_rows, np.bool_)
-        keep[job["drop"]] = False
-        images = images.filter(pa.array(keep))
-    captions = flatten(images)
-    if captions.num_rows:
-        sink = pa.BufferOutputStream()
-        pq.write_table(captions, sink, compression="zstd")
-        storage.write_bytes(job["out"], sink.getvalue().to_pybytes())
+def _publish_parts(job: dict[str, Any]) -> dict[str, Any]:
+    tables = (_flat_part(uri, drop) for uri, drop in zip(job["parts"], job["drop"], strict=True))
+    counts = write_captions(job["out"], tables)
     return {
-        "name": job["out"].rpartition("/")[2], "part": job["part"].rpartition("/parts/")[2],
-        "num_rows": captions.num_rows, "num_tokens": pc.sum(captions["num_tokens"]).as_py() or 0,
+        "name": job["out"].rpartition("/")[2], "parts": [uri.rpartition("/parts/")[2] for uri in job["parts"]],
+        "num_rows": counts["rows"], "num_tokens": counts["tokens"],
     }  # fmt: skip
+
+
+def _flat_part(uri: str, drop: Sequence[int]) -> pa.Table:
+    fs, path = storage.open_uri(uri)
+    images = pq.read_table(path, filesystem=fs, partitioning=None, schema=arrow_schema(CaptionedImage))
+    if len(drop):
+        keep = np.ones(images.num_rows, np.bool_)
+        keep[drop] = False
+        images = images.filter(pa.array(keep))
+    return flatten(images)
 
 
 def _superseded(parts: list[tuple[int, str]]) -> dict[str, list[int]]:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from meddam_core import storage
+from meddam_core.migrations import check_version
 
 RUN, INPUTS, SUMMARY, MANIFEST = "run.json", "inputs.parquet", "summary.json", "manifest.json"
 
@@ -103,9 +104,13 @@ class RunDirectory:
 
     def part_files(self) -> list[tuple[int, str]]:
         """(attempt, URI) of every part file, sorted."""
+        return [(attempt, uri) for attempt, uri, _ in self.sized_parts()]
+
+    def sized_parts(self) -> list[tuple[int, str, int]]:
+        """(attempt, URI, bytes) of every part file, sorted."""
         infos = storage.list_files(self.at("parts"), ".parquet", recursive=True)
         prefix = "s3://" if storage.is_s3(self.uri) else ""
-        return [(int(i.path.split("/attempt=")[1].split("/")[0]), prefix + i.path) for i in infos]
+        return [(int(i.path.split("/attempt=")[1].split("/")[0]), prefix + i.path, i.size) for i in infos]
 
     # -- generations -------------------------------------------------------------------------------------------------
 
@@ -128,4 +133,5 @@ class RunDirectory:
         manifest = self.read_json("captions", f"gen={number}", MANIFEST)
         if manifest is None:
             raise ValueError(f"{self.generation(number)} has no {MANIFEST}: the run directory is damaged")
+        check_version(int(manifest.get("schema_version", 1)), self.generation(number))
         return [storage.join(self.generation(number), f["name"]) for f in manifest["files"]]

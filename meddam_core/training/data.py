@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from meddam_core import storage
+from meddam_core.migrations import upgraded, version_of
 from meddam_core.records import Image, from_row
 from meddam_core.training.examples import Example, examples_of_images, read_views
 from meddam_core.training.order import File
@@ -81,6 +82,7 @@ def files_of_shards(
         parquet = pq.ParquetFile(fs.open_input_file(path))
         if (parquet.schema_arrow.metadata or {}).get(b"meddam.schema") != b"Image":
             raise ValueError(f"{uri} is not an image shard; make one with `meddam ingest`")
+        version_of(parquet.schema_arrow, Image, uri)
         for group in range(parquet.num_row_groups):
             table = parquet.read_row_group(group, columns=["split", "regions.list.element.region_id"])
             if split is not None:
@@ -108,7 +110,10 @@ def read_file(file: File, size: int, split: str | None = None, captions: Caption
     else:
         fs, path = storage.open_uri(file.uri)
         parquet = pq.ParquetFile(fs.open_input_file(path))
-        images = (from_row(Image, row) for row in parquet.read_row_group(file.row_group).to_pylist())
+        table = upgraded(
+            parquet.read_row_group(file.row_group), Image, version_of(parquet.schema_arrow, Image, file.uri)
+        )
+        images = (from_row(Image, row) for row in table.to_pylist())
         found, _ = examples_of_images((i for i in images if split is None or i.split == split), size)
     if captions is None:
         return found
