@@ -22,6 +22,13 @@ import pyarrow.fs as pafs
 S3_ATTEMPTS = 8
 """Of one request: a store that throttles answers 503 for seconds."""
 REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ACCESS_DENIED", "Forbidden", "403")
+UNTRUSTED = (
+    "CERTIFICATE_VERIFY_FAILED",
+    "SSL validation failed",
+    "SSL peer certificate",
+    "curlCode: 60",
+    "curlCode: 77",
+)
 
 
 class StorageError(ValueError):
@@ -193,6 +200,11 @@ def explain(uri: str, error: Exception) -> str:
         return f"{where}: access was refused; check the credentials and that they may list, read and write there"
     if "credentials" in text.lower():
         return f"{where}: no credentials were found; set AWS_PROFILE or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
+    if any(sign in text for sign in UNTRUSTED):
+        return (
+            f"{where}: its certificate is not trusted here; set AWS_CA_BUNDLE to the file of your certificate "
+            "authority, on every node"
+        )
     if "connect" in text.lower() or "resolve" in text.lower():
         return f"{where}: the endpoint does not answer; check AWS_ENDPOINT_URL and the network"
     return f"{where}: {type(error).__name__}"

@@ -59,6 +59,7 @@ from ray_jobs import (
     qa,
     report,
     retry,
+    sbom,
     shorten,
     stage_profile,
     status,
@@ -289,6 +290,7 @@ _job(
     "fetch-weights", fetch_weights.Config, fetch_weights.run, ["source", "target"], {},
     "Copy a checkpoint folder from a bucket to this machine, whole or not at all.",
 )  # fmt: skip
+_job("sbom", sbom.Config, sbom.run, [], {"out": "-o"}, "List what is installed here, as a CycloneDX bill of materials.")
 _job("status", status.Config, status.run, ["run"], {}, "Say where a run stands, from its run directory alone.")
 _job(
     "benchmark", benchmark.Config, benchmark.run, [], {"out": "-o"},

@@ -111,7 +111,7 @@ def _speed(place: str) -> list[Finding]:
 
 
 def _conditions(place: str) -> list[Finding]:
-    """Whether If-None-Match is honoured, and how far the clocks are apart."""
+    """Whether If-None-Match is honoured, how objects are encrypted, and how far the clocks are apart."""
     import boto3
     from botocore.exceptions import ClientError
 
@@ -126,12 +126,23 @@ def _conditions(place: str) -> list[Finding]:
         if error.response["Error"]["Code"] not in ("PreconditionFailed", "412"):
             raise OSError(f"conditional put: {error.response['Error']['Code']}") from error
         found = [Finding(about="conditional writes", state="ok", said="honoured: a run has one driver")]
+    found.append(_encryption(answer))
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     skew_s = 0.0 if date is None else time.time() - parsedate_to_datetime(date).timestamp()
     if abs(skew_s) > MAX_SKEW_S:
         todo = "let this machine follow NTP: requests will be refused"
         return [*found, Finding(about="clock", state="problem", said=f"{skew_s:+.0f} s to the store's", todo=todo)]
     return [*found, Finding(about="clock", state="ok", said="agrees with the store's")]
+
+
+def _encryption(answer: dict[str, Any]) -> Finding:
+    """How the store says that it keeps what was just written."""
+    how, key = answer.get("ServerSideEncryption"), answer.get("SSEKMSKeyId")
+    if how is None:
+        todo = "give the bucket a default encryption (cluster/aws/bucket-encryption.json)"
+        return Finding(about="encryption", state="warning", said="the store names none", todo=todo)
+    said = how if key is None else f"{how} with the key that ends in {key[-6:]}"
+    return Finding(about="encryption", state="ok", said=said)
 
 
 def _clear(place: str) -> None:

@@ -57,6 +57,7 @@ def node_facts(model: str | None = None, sent_s: float | None = None) -> dict[st
         "memory_gb": round(memory, 1),
         "shm_gb": round(shutil.disk_usage("/dev/shm").total / 1e9, 1) if Path("/dev/shm").is_dir() else 0.0,
         "disk_gb": round(shutil.disk_usage(tempfile.gettempdir()).free / 1e9, 1),
+        "spill_device": _device(tempfile.gettempdir()),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "clock_s": None if sent_s is None else time.time() - sent_s,
         "gpus": _gpus(),
@@ -75,6 +76,7 @@ def judged(facts: dict[str, Any]) -> list[Finding]:
               "free some, or start Ray with --temp-dir on a larger disk"),
         _room("open files", facts["open_files"], MIN_OPEN_FILES, "",
               "raise it (ulimit -n, LimitNOFILE, --ulimit nofile): Ray opens thousands of sockets"),
+        _spill(facts["spill_device"]),
     ]  # fmt: skip
     if facts["clock_s"] is not None and abs(facts["clock_s"]) > MAX_SKEW_S:
         found.append(_bad("clock", f"{facts['clock_s']:+.0f} s off", "let it follow NTP: S3 refuses such clocks"))
@@ -113,6 +115,28 @@ def _room(about: str, has: float, wants: float, unit: str, todo: str) -> Finding
     if has >= wants:
         return Finding(about=about, state="ok", said=said)
     return Finding(about=about, state="warning", said=f"{said}, {wants:.3g} or more is advised", todo=todo)
+
+
+def _device(folder: str) -> str:
+    """What a folder lies on: memory, dm-crypt, or the kernel's name of the file system or device."""
+    at = Path(folder).resolve()
+    mounts = [line.split() for line in Path("/proc/self/mountinfo").read_text().splitlines()]
+    held = [m for m in mounts if at.is_relative_to(m[4].replace("\\040", " "))]
+    best = max(held, key=lambda m: len(m[4]))
+    kind, source = best[best.index("-") + 1 :][:2]
+    if kind in ("tmpfs", "ramfs"):
+        return "memory"
+    uuid = Path(f"/sys/dev/block/{best[2]}/dm/uuid")
+    return "dm-crypt" if uuid.exists() and uuid.read_text().startswith("CRYPT-") else source
+
+
+def _spill(device: str) -> Finding:
+    """Where Ray's object store is written when it is full: pixels of patients, for a while."""
+    if device in ("memory", "dm-crypt"):
+        return Finding(about="spilled pixels", state="ok", said=f"stay in {device}")
+    said = f"{device} is not encrypted by this machine"
+    todo = "give /tmp an encrypted volume (docs/security.md); one that the cloud encrypts cannot be told from here"
+    return Finding(about="spilled pixels", state="warning", said=said, todo=todo)
 
 
 def _gpu(gpu: dict[str, Any]) -> Finding:

@@ -46,6 +46,8 @@ class Server:
     url: str
     faults: Faults
     given: Counter[str] = field(default_factory=Counter)
+    asked: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Requests by method and path with query."""
 
 
 @contextlib.contextmanager
@@ -55,9 +57,10 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
     server = Server(url="", faults=faults)
     upstream = urlsplit(endpoint).netloc
 
-    def fate() -> str:
+    def fate(request: tuple[str, str]) -> str:
         with lock:
             server.given["requests"] += 1
+            server.asked[request] += 1
             if faults.expired_after is not None and server.given["requests"] > faults.expired_after:
                 chosen = "expired"
             else:
@@ -76,7 +79,7 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
         def pass_on(self) -> None:
             chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
             body = _chunks(self.rfile) if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            chosen = fate()
+            chosen = fate((self.command, self.path))
             if chosen == "throttled":
                 return self.refuse(503, "SlowDown", "Please reduce your request rate.")
             if chosen == "expired":

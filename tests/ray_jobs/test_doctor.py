@@ -44,6 +44,7 @@ def test_a_folder_has_no_conditions(tmp_path: Path) -> None:
 
 def test_each_lack_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     fit = node_facts(MODEL, None) | {"shm_gb": 1e4, "disk_gb": 1e4, "open_files": 1 << 20, "root": False}
+    fit["spill_device"] = "dm-crypt"
     monkeypatch.setenv("MEDDAM_OPS_CACHE", "/cache")
     fit["gpus"] = [{"name": "H200", "memory_gb": 140.0, "capability": (9, 0)}]
     fit["versions"] = fit["versions"] | {"deepspeed": "0.19.8", "deepspeed-mii": "0.3.3"}
@@ -55,6 +56,7 @@ def test_each_lack_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"python": "3.13.0"}, "python", "problem"), ({"shm_gb": 0.06}, "shared memory", "warning"),
         ({"disk_gb": 1.0}, "disk for spilling", "warning"), ({"open_files": 1024}, "open files", "warning"),
         ({"clock_s": -400.0}, "clock", "problem"), ({"weights": False}, "weights", "problem"),
+        ({"spill_device": "/dev/sda1"}, "spilled pixels", "warning"),
         ({"root": True}, "user", "warning"), ({"gpus": [gpu]}, "GPU", "warning"), ({"gpus": [small]}, "GPU", "warning"),
         ({"versions": without}, "kernels", "warning"),
     ):  # fmt: skip
