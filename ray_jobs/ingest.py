@@ -185,6 +185,7 @@ def _fingerprint(cfg: Config, source: Source, secret: bytes | None) -> str:
     settings = cfg.model_dump(mode="json", exclude={"out", *_PRIVATE})
     if cfg.labels:  # sets that were made before it could be said keep their fingerprint
         del settings["labels"]
+    settings = cfg.model_dump(mode="json", exclude={"out", *_PRIVATE})
     keyed = keyed_hash(secret, "fingerprint") if secret else None
     rows = 1  # not the schema's version: shards of two of them lie well in one dataset
     facts = [VERSION, rows, type(cfg).__name__, settings, source.fingerprint(), keyed]
