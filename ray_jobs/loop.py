@@ -42,6 +42,7 @@ from ray_jobs.loop_config import Arm, Config
 from ray_jobs.loop_sets import check_apart
 from ray_jobs.loop_stages import Stages, Unfinished
 from ray_jobs.loop_state import LOOP, ArmState, LoopState, Reading, Round, Score, read_state
+from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RunDirectory
 from ray_jobs.session import session
 from ray_jobs.summary import EXIT_INCOMPLETE
@@ -284,3 +285,7 @@ def _now() -> str:
 if __name__ == "__main__":  # the same options as `meddam loop`; an import of the command line here would be a cycle
     sys.argv.insert(1, "loop")
     runpy.run_module("ray_jobs.cli", run_name="__main__")
+
+
+if __name__ == "__main__":  # the same options as `meddam loop`
+    run_as("loop")

@@ -37,6 +37,7 @@ from ray_jobs.judge_calls import JudgeStopped
 from ray_jobs.judge_config import Config as JudgeConfig
 from ray_jobs.judges import Bench, judge_id
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.permits import end_permits, start_permits
 from ray_jobs.run_directory import SUMMARY, RunDirectory
 from ray_jobs.session import session
@@ -271,3 +272,7 @@ class PreferSamples:
             return verdicts[0].choice
 
         return prefer
+
+
+if __name__ == "__main__":  # the same options as `meddam prefer`
+    run_as("prefer")

@@ -40,6 +40,7 @@ from ray_jobs.curate import CAPTIONS, CURATION, DROPPED
 from ray_jobs.judge_calls import Prices, RetryRules
 from ray_jobs.judges import ActorPermits
 from ray_jobs.lease import Lease
+from ray_jobs.module_command import run_as
 from ray_jobs.permits import end_permits, start_permits
 from ray_jobs.remote_captioner import PermittedChat
 from ray_jobs.run_directory import RunDirectory
@@ -250,3 +251,7 @@ def _finish(cfg: Config, directory: RunDirectory, described: dict[str, Any], beg
     document = {**described, "version": __version__, "out": cfg.out, "shortened": begun, "num_kept": counts.total()}
     directory.write_json(document, CURATION)
     return Summary(out=cfg.out, num_captions=whole, added=added, dropped=dict(dropped))
+
+
+if __name__ == "__main__":  # the same options as `meddam shorten`
+    run_as("shorten")
