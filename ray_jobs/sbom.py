@@ -106,11 +106,11 @@ def _component(name: str, one: Distribution) -> dict[str, Any]:
 
 def _licence(one: Distribution) -> dict[str, Any] | None:
     """The SPDX expression where the metadata has one, else the name that its author gave."""
-    expression = one.metadata.get("License-Expression")
-    if expression:
-        return {"expression": expression}
-    classifiers = [c for c in one.metadata.get_all("Classifier") or [] if c.startswith("License ::")]
-    text = one.metadata.get("License") or ""
+    said = {key: one.metadata.get_all(key) or [""] for key in ("License-Expression", "License", "Classifier")}
+    if said["License-Expression"][0]:
+        return {"expression": said["License-Expression"][0]}
+    classifiers = [c for c in said["Classifier"] if c.startswith("License ::")]
+    text = said["License"][0]
     name = classifiers[-1].rpartition(" :: ")[2] if classifiers else "" if _LICENCE_FILE.search(text) else text.strip()
     return {"license": {"name": name}} if name and name != "UNKNOWN" else None
 
