@@ -80,6 +80,7 @@ def tls_bucket(own_authority: tuple[str, str, str], monkeypatch: pytest.MonkeyPa
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("AWS_CA_BUNDLE", authority)
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)  # one that is refused is refused again, with growing pauses
     boto3.client("s3").create_bucket(Bucket="behind-tls")
     yield "s3://behind-tls"
     server.shutdown()
@@ -122,7 +123,7 @@ def test_whatever_is_written_is_encrypted_with_the_hospitals_key(s3_bucket: str)
     storage.write_bytes(f"{s3_bucket}/a", b"through arrow")
     make_shards(f"{s3_bucket}/set", 1, 3)
     with Lease(f"{s3_bucket}/run"):
-        found = answers(s3_bucket)
+        found = {k: o for k, o in answers(s3_bucket).items() if not k.endswith("/")}  # a folder's mark is older
     assert {"a", "run/lease"} < set(found) and len(found) >= 3
     assert {(o["ServerSideEncryption"], o["SSEKMSKeyId"]) for o in found.values()} == {("aws:kms", key)}
     after = [f for f in bucket_findings(f"{s3_bucket}/runs") if f.about == "encryption"]
