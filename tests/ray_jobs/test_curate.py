@@ -101,7 +101,7 @@ def test_without_labels_captions_are_held_against_what_most_of_them_say(
     asked = qa.run(qa.Config(shards=(samples,), out=table, consensus=True, num_cpus=1))
     assert asked.num_regions == 8
     facts = {(q.attribute, q.value) for q in open_questions(table).all() if q.polarity == "positive"}
-    assert ("texture", "solid") in facts and ("margin", "sharp") in facts
+    assert ("margin", "sharp") in facts  # density is not asked about a picture whose window is unknown
     assert not {a for a, _ in facts} & {"spiculation", "lobulation"}  # labels that no caption speaks of
     judge.run(JudgeConfig(run=samples, questions=table, name="agreed", controls=("none",), num_cpus=2))
     cfg = curate.Config(

@@ -95,7 +95,7 @@ def test_what_cannot_work_is_said(run: str, tmp_path: Path, monkeypatch: pytest.
 class Summarising(QuotaServer):
     """Shortens to the same words whatever the caption was."""
 
-    says = "A solid nodule."
+    says = "Solid nodule."
 
     def text(self, asked: dict[str, Any], seen: Seen) -> str:
         return self.says
