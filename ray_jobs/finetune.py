@@ -284,7 +284,11 @@ def _finish(spec: Spec, directory: RunDirectory, seconds: float) -> Summary:
     directory.write_json(summary.model_dump(), SUMMARY)
     facts = {
         "regions": f"{summary.num_examples:,}",
-        **{k: v for k, v in spec.cfg.model_dump().items() if v is not None},
+        **{
+            k: ", ".join(v) if isinstance(v, tuple) else v
+            for k, v in spec.cfg.model_dump().items()
+            if v not in (None, ())
+        },
     }
     page = training_report(directory.uri.rstrip("/").rpartition("/")[2], curve, facts)
     storage.write_bytes(directory.at("report.html"), page.encode())

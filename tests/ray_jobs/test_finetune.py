@@ -24,11 +24,15 @@ from typer.testing import CliRunner
 
 from meddam_core.dam.checkpoint import load_dam
 from meddam_core.dam.model import Dam
+from meddam_core.datasets.phantoms import Options, Phantoms
+from meddam_core.shards import write_shard
 from meddam_core.training.adapt import adapt
 from ray_jobs import finetune
 from ray_jobs.cli import app
 from ray_jobs.finetune_config import Config
 from ray_jobs.finetune_worker import World, _batches, _collator, _export, _make_trainer, checkpoints
+from ray_jobs.score_model import score_model
+from tests.meddam_core.datasets.run_source import rows_from
 from tests.meddam_core.training.made import CHECKPOINT, small_dam
 from tests.meddam_core.training.plain_loop import RATE, plain_losses
 from tests.ray_jobs.made_shards import make_shards
@@ -184,10 +188,10 @@ def test_a_lost_worker_is_replaced_and_the_curve_goes_on(
 
 
 def _train_workers() -> list[int]:
-    """Process ids of Ray Train's workers."""
-    from ray.util.state import list_actors
+    """Process ids of Ray Train's workers in this test's own session."""
+    import psutil
 
-    return [a.pid for a in list_actors(filters=[("state", "=", "ALIVE")]) if "TrainWorker" in a.class_name]
+    return [p.pid for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in " ".join(p.cmdline())]
 
 
 def test_what_is_written_passes_meddam_verify(data: tuple[str, str], tmp_path: Path) -> None:
@@ -231,6 +235,34 @@ def _activations(dam: Dam, name: str) -> dict[str, Any]:
             said = _language(dam, {**case, "tokens": np.array([*tokens, 0])}, seen["proj_out"])
             tokens = [int(t) for t in said["tokens"]]
     return {**case, **seen, **said}
+
+
+@pytest.fixture(scope="module")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two shards of small phantoms, without captions."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    images, _ = rows_from(Phantoms(count=4, kinds=("ct", "skin"), options=Options(size=512, max_lesions=2)))
+    for number in range(2):
+        write_shard(str(folder / "shards" / f"shard-{number:06d}.parquet"), images[2 * number : 2 * number + 2])
+    return str(folder)
+
+
+@pytest.mark.parametrize(("num_workers", "strategy"), [(0, "ddp"), pytest.param(2, "fsdp", marks=pytest.mark.slow)])
+def test_held_out_regions_are_scored_during_training(
+    phantoms: str, tmp_path: Path, request: pytest.FixtureRequest, num_workers: int, strategy: str
+) -> None:
+    """By the model as it is then: the last score is that of the written model, also where weights are in shares."""
+    if num_workers:
+        request.getfixturevalue("ray_session")
+    lengths = ("meddam-v1", "meddam-v1+sentence", "meddam-v1+keyword")
+    cfg = config((phantoms, ""), tmp_path, captions=(), prompts=lengths, max_steps=4, batch_size=1, eval_every=2,
+                 eval_shards=(phantoms,), eval_regions=3, num_workers=num_workers, strategy=strategy)  # fmt: skip
+    summary = finetune.run(cfg)
+    scores = [e for e in json.loads((tmp_path / "curve.json").read_text()) if "meddlc_average" in e]
+    assert [e["step"] for e in scores] == [2, 4] and summary.meddlc == scores[-1]["meddlc_average"]
+    written = score_model(load_dam(tmp_path / "model"), cfg.eval_shards, 3, prompt=lengths[0])
+    assert scores[-1]["meddlc_average"] == pytest.approx(written["average"], abs=1e-4)
+    assert "MedDLC-score on held-out regions" in (tmp_path / "report.html").read_text()
 
 
 def test_everything_may_lie_on_s3(data: tuple[str, str], plain: Path, s3_bucket: str) -> None:

@@ -77,7 +77,7 @@ def run(rank: int, folder: Path, names: list[str]) -> dict[str, Any]:
         again = trainer.state()
         if rank == 0:
             (folder / f"{source}-{name}.pt").write_bytes(again)
-    for name in names:  # bfloat16, layers computed again, LoRA
+    for name in names if len(names) > 1 else []:  # bfloat16, layers computed again, LoRA
         settings = Settings(schedule=SETTINGS.schedule, checkpointing=True, autocast=torch.bfloat16)
         found[f"{name} lora"] = steps(trainer_of(strategy_of(name), settings, "lora"), rank, 0, 2)
     return found
