@@ -124,6 +124,17 @@ def wait_for_gpus(num: int | None, timeout_s: float = WAIT_FOR_GPUS_S) -> None:
         request_resources(bundles=[])  # from here on the captioners themselves hold them
 
 
+def beside_the_driver() -> Any:
+    """Scheduling strategy of an actor that should live as long as the driver: on its node, which is rarely a spot one.
+
+    Where that has no room for it, it goes elsewhere. Needs Ray.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shares:
     """CPUs for each stage of a job. They are logical: they say what runs beside what, threads are set elsewhere."""
