@@ -3,11 +3,11 @@
     python -m benchmarks.pipeline                         the whole job's rate against that captioner's own, in one run
     python -m benchmarks.pipeline --steps-ms 40,80,160    the same for slower captioners too, one after the other
     python -m benchmarks.pipeline --uneven                one film in forty is 6,000 pixels wide
-    python -m benchmarks.pipeline --memory --images 1000 --store-mb 600    peak memory at that size and at ten times it
+    python -m benchmarks.pipeline --memory --images 300 --store-mb 300    peak memory at that size and at ten times it
 
 The captioner takes 40 ms for 8 regions and no CPU, as a GPU does. In front of it stands the real work: 1024-pixel
 16-bit images read from Parquet, decoded from PNG, windowed, cropped. Ratios belong in LOG.md. For --memory the smaller
-set must be larger than the object store already, or filling it is what is measured; 1,000 films are 4.7 GB of views.
+set must be larger than the object store already, or filling it is what is measured; 300 films are 1.4 GB of views.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def throughput(root: str, num_images: int, steps_ms: list[int], huge_every: int 
     with session():
         for step_ms in steps_ms:
             ideal = 1000 * REGIONS_PER_STEP / step_ms
-            rate = job(shards, f"{root}/run-{step_ms}", _model(root), step_ms)
+            rate = job(shards, f"{root}/run-{step_ms}", wide_model(root), step_ms)
             print(f"pipeline {rate:.1f} regions/s, captioner alone {ideal:.1f} regions/s: ratio {rate / ideal:.3f}")
 
 
@@ -108,7 +108,7 @@ def memory(root: str, num_images: int, store_mb: int) -> None:
         make_films(f"{root}/films-{size}", size)
         command = [
             sys.executable, "-m", "benchmarks.pipeline", "--store-mb", str(store_mb),
-            "--one", f"{root}/films-{size}", _model(root),
+            "--one", f"{root}/films-{size}", wide_model(root),
         ]  # fmt: skip
         process = subprocess.Popen(command)
         with PeakMemory(process.pid, every_s=0.3) as watched:
@@ -118,7 +118,7 @@ def memory(root: str, num_images: int, store_mb: int) -> None:
     print(f"ten times the images, {peaks[1] / peaks[0]:.3f} times the peak memory")
 
 
-def _model(root: str) -> str:
+def wide_model(root: str) -> str:
     """A checkpoint folder with DAM-3B's view size; the waiting captioner never loads its weights."""
     import json
     import shutil
@@ -142,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--memory", action="store_true")
-    parser.add_argument("--store-mb", type=int, default=600, help="the object store of --memory")
+    parser.add_argument("--store-mb", type=int, default=300, help="the object store of --memory")
     parser.add_argument("--steps-ms", type=lambda text: [int(ms) for ms in text.split(",")], default=[40])
     parser.add_argument("--uneven", action="store_true")
     parser.add_argument("--one", nargs=2, metavar=("SHARDS", "MODEL"), help=argparse.SUPPRESS)

@@ -20,6 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 from meddam_core.records import Reason
 from ray_jobs.run_metrics import RunMetrics
+from ray_jobs.session import beside_the_driver
 
 Stage = Literal["extract", "describe"]
 
@@ -158,11 +159,11 @@ class _MeasuredMonitor(RunMonitor):
 
 
 def start_monitor(max_failed_share: float, canary_images: int, min_images: int) -> Any:
-    """The monitor as a Ray actor that lives as long as the driver and takes no CPU."""
+    """The monitor as a Ray actor that lives as long as the driver, on its node, and takes no CPU."""
     import ray
 
     return (
         ray.remote(_MeasuredMonitor)
-        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+        .options(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=beside_the_driver())
         .remote(max_failed_share, canary_images, min_images)
     )

@@ -27,6 +27,7 @@ from typing import Any, Literal
 
 from meddam_core import storage
 from meddam_core.judging.budget import Limits, Permit, PermitBook, Spent
+from ray_jobs.session import beside_the_driver
 
 Ending = Literal["answered", "limited", "failed", "refused"]
 """answered: a reply came. limited: 429. failed: an error that may pass. refused: one that will not."""
@@ -316,9 +317,10 @@ def start_permits(
     import ray
 
     name = f"permits-{hashlib.sha256(endpoint.encode()).hexdigest()[:12]}"
+    place: dict[str, Any] = {"name": name, "get_if_exists": True, "lifetime": "detached"}
     actor: Any = (
         ray.remote(Permits)
-        .options(name=name, get_if_exists=True, lifetime="detached", num_cpus=0, max_concurrency=MAX_WAITING)
+        .options(**place, num_cpus=0, max_concurrency=MAX_WAITING, scheduling_strategy=beside_the_driver())
         .remote(limits, timeout_s, patience_s)
     )
     why = ray.get(actor.join.remote(run, limits, max_usd, state_uri))

@@ -47,7 +47,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray leaves a token in the user's home
         if quiet:  # Ray's C++ side writes to the terminal past Python's logging
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        _start(
+        start_ray(
             address="local", num_cpus=max(MIN_CPUS, num_cpus or os.cpu_count() or 1), include_dashboard=False,
             object_store_memory=object_store_bytes, **common,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         ray.shutdown()
 
 
-def _start(**settings: Any) -> None:
+def start_ray(**settings: Any) -> None:
     """ray.init, once more or twice where a busy machine took longer than the 30 s that Ray allows itself."""
     import ray
 
@@ -122,6 +122,17 @@ def wait_for_gpus(num: int | None, timeout_s: float = WAIT_FOR_GPUS_S) -> None:
             time.sleep(min(WAIT_EVERY_S, timeout_s))
     finally:
         request_resources(bundles=[])  # from here on the captioners themselves hold them
+
+
+def beside_the_driver() -> Any:
+    """Scheduling strategy of an actor that should live as long as the driver: on its node, which is rarely a spot one.
+
+    Where that has no room for it, it goes elsewhere. Needs Ray.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    return NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
