@@ -11,6 +11,7 @@ Importing this file loads neither Ray nor torch.
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
 import types
 from collections.abc import Callable, Mapping, Sequence
@@ -54,6 +55,7 @@ def command(
     def call(config_file: Path | None, as_json: bool, **options: Any) -> None:
         finish(run(build(config, options, config_file, arguments=arguments)), as_json)
 
+    call.build = functools.partial(build, config, arguments=arguments)  # type: ignore[attr-defined]
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {p.name: p.annotation for p in parameters}
     return call

@@ -56,6 +56,11 @@ def test_every_command_has_the_options_it_is_shown_with(page: str, args: list[st
         name, command, args = command.resolve_command(context, args)
         assert command is not None
         context = command.make_context(name, list(args), parent=context)
+    given = dict(context.params)
+    file = given.pop("config_file", None)
+    if hasattr(command.callback, "build") and file is None:  # what a file would add is known to its page alone
+        given.pop("as_json")
+        command.callback.build(given)  # raises where a setting is missing, or its value is none
 
 
 @pytest.fixture(scope="module")
@@ -108,3 +113,15 @@ def test_every_reason_status_and_exit_code_is_explained() -> None:
 
 def test_the_picture_is_small_enough_to_load() -> None:
     assert (ROOT / "docs/img/report.jpg").stat().st_size < 400_000
+
+
+def test_every_measured_figure_stands_in_the_log_with_its_command() -> None:
+    log = " ".join((ROOT / "benchmarks/LOG.md").read_text().split())
+    rows = [line.split(" | ") for line in (ROOT / "docs/measurements.md").read_text().splitlines() if "`python" in line]
+    assert len(rows) > 6
+    for _, command, figures, _ in rows:
+        words = command.strip("`").split()
+        program = words[2] if words[1] == "-m" else words[1]
+        assert program in log and (ROOT / f"{program.removesuffix('.py').replace('.', '/')}.py").exists(), command
+        for figure in re.findall(r"\d[\d,.]*\d(?:x| %)?", figures):
+            assert figure in log, f"{figure} of {command} is in no entry of the log"

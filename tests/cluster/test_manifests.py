@@ -2,7 +2,8 @@
 
 ray_io_v1.json holds the part of KubeRay's published CRDs (ray.io/v1, RayJob and RayService, August 2026) that these
 manifests use: types, enumerations, required fields. A field that is not in it is an error here, so that a mistyped one
-is found; a new one is added to it from the CRD.
+is found; a new one is added to it from the CRD. kubernetes_kinds.json holds the same of the other kinds: Kueue
+(v1beta2; v1beta1 is deprecated), the Prometheus operator (0.91), and Kubernetes itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ray_jobs import cli
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 SCHEMAS = json.loads((Path(__file__).parent / "ray_io_v1.json").read_text())
+KINDS = json.loads((Path(__file__).parent / "kubernetes_kinds.json").read_text())
 RAY = next(
     line.partition("==")[2] for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("ray==")
 )
@@ -64,6 +66,10 @@ def test_manifests_have_the_published_shape(document: dict[str, Any]) -> None:
     assert document["apiVersion"] and ("name" in document["metadata"] or "generateName" in document["metadata"])
     if document["apiVersion"] == "ray.io/v1":
         jsonschema.Draft202012Validator(SCHEMAS[document["kind"]]).validate(document["spec"])
+    else:
+        body = {name: value for name, value in document.items() if name not in ("apiVersion", "kind", "metadata")}
+        schema = KINDS[f"{document['apiVersion']} {document['kind']}"]
+        jsonschema.Draft202012Validator(schema).validate(body)
 
 
 def test_a_mistyped_field_is_found() -> None:
