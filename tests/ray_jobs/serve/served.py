@@ -13,7 +13,7 @@ import yaml
 
 from tests.ray_jobs.serve.conftest import MODEL
 
-START_LIMIT_S = 180
+START_LIMIT_S = 500
 END_LIMIT_S = 60
 
 
@@ -43,8 +43,8 @@ class Served:
         return self._log.read_text()
 
     def replicas(self) -> list[int]:
-        """Process ids of the replicas of this server."""
-        return [pid for pid, name in _descendants(self.process.pid) if name.startswith("ray::ServeReplica")]
+        """Process ids of the replicas of this server: the parents of engines. Ray rewrites its own processes' names."""
+        return [int(_stat(engine)[1]) for engine in self.engines()]
 
     def engines(self) -> list[int]:
         """Process ids of the replicas' engines."""
@@ -75,11 +75,10 @@ def _descendants(root: int) -> list[tuple[int, str]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
-                stat = (entry / "stat").read_text()
+                parents[int(entry.name)] = int(_stat(int(entry.name))[1])
                 names[int(entry.name)] = (entry / "cmdline").read_text().replace("\0", " ").strip()
             except OSError:
                 continue  # it ended meanwhile
-            parents[int(entry.name)] = int(stat.rpartition(")")[2].split()[1])
     found = []
     for pid, name in names.items():
         above = pid
@@ -88,3 +87,8 @@ def _descendants(root: int) -> list[tuple[int, str]]:
         if above == root and pid != root:
             found.append((pid, name))
     return found
+
+
+def _stat(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat after the name: state, parent, ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
