@@ -1,5 +1,5 @@
 # make demo   what the product does, in under three minutes: bucket -> regions -> captions -> report
-# make test   the default tests        make check   style, types, import contracts
+# make test   the default tests, or TESTS=tests/...        make check   style, types, import contracts
 # make faults every fault that a run must survive, one after the other; FAULTS="--short" for a few
 #
 # Needs python3.11 or python3.12 and nothing else. PYTHON=/path/to/python chooses another one.
@@ -12,6 +12,7 @@ STAMP := $(VENV)/.installed
 # The small DAM that comes with the package; it was trained on synthetic pictures only.
 MODEL ?= meddam_core/models/meddam-tiny
 PACKAGES := meddam_core qa_library ray_jobs
+WITHOUT_RAY := tests/meddam_core tests/qa_library tests/test_house.py
 
 export HF_HUB_OFFLINE = 1
 export NO_ALBUMENTATIONS_UPDATE = 1
@@ -35,8 +36,14 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/meddam demo --model $(MODEL) $(DEMO)
 
+# Tests without Ray are dealt to two processes; those with Ray, which starts processes of its own, come one by one.
 test: $(STAMP)
+ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
+else
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(WITHOUT_RAY)
+	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(WITHOUT_RAY))
+endif
 
 faults: $(STAMP)
 	$(BIN)/python -m tests.faults.suite $(FAULTS)

@@ -1,9 +1,8 @@
-"""Real kills of a real job, a few of them; `python -m tests.faults.kill_and_resume` does many, at random."""
+"""Real kills of a real job, a few; `python -m tests.faults.suite` does all kinds, `kill_and_resume` many at random."""
 
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,29 +45,23 @@ def _run_until(job: Job, out: str, log: Path, moment: Callable[[], bool], victim
     return process.wait()
 
 
-def test_driver_killed_on_s3_after_a_commit_and_resumed(
+def test_driver_killed_on_s3_between_the_two_halves_of_a_commit(
     undisturbed: tuple[Job, pa.Table], s3_bucket: str, tmp_path: Path
 ) -> None:
+    """LOSS 2: a rename on S3 is a copy and a delete. Ray alone would delete the data and count its ids as done."""
     job, table = undisturbed
     out = f"{s3_bucket}/run"
     assert _run_until(job, out, tmp_path / "log", committed(out), "driver") == -9
     assert not audit(RunDirectory(out)).published
+    files = [info.path for info in storage.list_files(RunDirectory(out).checkpoint(1), ".parquet")]
+    done = next(path for path in files if not path.endswith(PENDING))
+    filesystem, _ = storage.open_uri(out)
+    filesystem.copy_file(done, done.removesuffix(".parquet") + PENDING)
     assert job.start(out, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
     check(out, table)
 
 
-def test_driver_killed_between_the_two_halves_of_a_commit(undisturbed: tuple[Job, pa.Table], tmp_path: Path) -> None:
-    """LOSS 2: a rename on S3 is a copy and a delete. Ray alone would delete the data and count its ids as done."""
-    job, table = undisturbed
-    out = str(tmp_path / "run")
-    assert _run_until(job, out, tmp_path / "log", committed(out), "driver") == -9
-    folder = Path(RunDirectory(out).checkpoint(1))
-    done = [p for p in folder.glob("*.parquet") if not p.name.endswith(PENDING)]
-    shutil.copy(done[0], done[0].with_name(done[0].name.removesuffix(".parquet") + PENDING))
-    assert job.start(out, tmp_path / "log").wait() == 0, (tmp_path / "log").read_text()
-    check(out, table)
-
-
+@pytest.mark.slow
 def test_a_captioner_killed_after_a_commit_is_replaced(undisturbed: tuple[Job, pa.Table], tmp_path: Path) -> None:
     job, table = undisturbed
     out = str(tmp_path / "run")
@@ -76,6 +69,7 @@ def test_a_captioner_killed_after_a_commit_is_replaced(undisturbed: tuple[Job, p
     check(out, table)
 
 
+@pytest.mark.slow
 def test_an_extractor_killed_with_rows_in_hand_is_replaced(undisturbed: tuple[Job, pa.Table], tmp_path: Path) -> None:
     """It works far ahead of the captioner: by the first commit a fast machine has no extractor left to kill."""
     job, table = undisturbed
