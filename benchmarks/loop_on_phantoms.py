@@ -5,13 +5,13 @@
 
 Run it again to resume. A small model is trained from scratch on the labels of LABELLED_IMAGES phantoms, a tenth of what
 the packaged one had, through the same three stages: labels, language, all. It then describes the regions of as many
-phantoms as UNLABELLED_IMAGES, which were ingested without labels, and learns for two rounds from what curation leaves;
+phantoms as UNLABELLED_IMAGES, whose shards hold no labels, and learns for two rounds from what curation leaves;
 beside it one arm takes every caption, and one trains as many steps on the labelled phantoms alone, since more training
 by itself may help. All three share the first model, the seeds and the captions of round 1. The locked set is read once,
 in wordings that are used nowhere else.
 
-After that, and for this page only, the same unlabelled phantoms are painted again with their labels, to say how right
-the captions were that each arm learnt from. OUT/report.html is the loop's own page, OUT/figures.json holds all figures.
+After that, and for this page only, the labels of the unlabelled phantoms, which were kept aside, say how right the
+captions were that each arm learnt from. OUT/report.html is the loop's own page, OUT/figures.json holds all figures.
 """
 
 from __future__ import annotations
@@ -20,20 +20,23 @@ import argparse
 import json
 import logging
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from benchmarks.tiny_variants import LABELS
+from meddam_core import storage
+from meddam_core.shards import read_shard, write_shard
 
 # -- what may be changed ----------------------------------------------------------------------------------------------
 MODEL = "tiny"
 """From scratch; or a checkpoint folder, which then goes through no stage before START."""
 LABELLED_IMAGES = 240
-UNLABELLED_IMAGES = 200
-DEVELOPMENT_IMAGES = 60
-TEST_IMAGES = 120
+UNLABELLED_IMAGES = 140
+DEVELOPMENT_IMAGES = 40
+TEST_IMAGES = 100
 SEED = 4_100
 PAINTED: dict[str, Any] = {"surroundings": "anatomy", "images_per_shard": 30}
 """Further settings of `meddam ingest phantoms`, of all sets."""
@@ -69,7 +72,7 @@ MINI: dict[str, Any] = {
 
 
 def painted(folder: Path) -> dict[str, str]:
-    """The sets: each of its own pictures, the unlabelled one without labels."""
+    """The sets: each of its own pictures, the unlabelled one without labels, which lie apart as `answers`."""
     from ray_jobs import ingest
     from ray_jobs.ingest_config import PhantomsConfig
 
@@ -80,13 +83,25 @@ def painted(folder: Path) -> dict[str, str]:
     first, found = 0, {}
     for number, (name, count) in enumerate(sets.items()):
         found[name] = str(folder / "sets" / name)
+        out = str(folder / "sets" / "answers") if name == "unlabelled" else found[name]
         settings = {"count": count, "phantom_seed": SEED, "first": first, "first_shard": 1000 * number, **PAINTED}
-        ingest.run(PhantomsConfig(out=found[name], labels=name != "unlabelled", num_cpus=2, **settings))
-        if name == "unlabelled":
-            found["answers"] = str(folder / "sets" / "answers")
-            ingest.run(PhantomsConfig(out=found["answers"], num_cpus=2, **settings))
+        ingest.run(PhantomsConfig(out=out, num_cpus=2, **settings))
         first += count
+    found["answers"] = str(folder / "sets" / "answers")
+    without_labels(found["answers"], found["unlabelled"])
     return found
+
+
+def without_labels(source: str, out: str) -> None:
+    """Shards as `meddam ingest phantoms --no-labels` writes them, without painting them a second time."""
+    from ray_jobs.snapshot import shards_below
+
+    for shard in shards_below(source):
+        to = storage.join(out, "shards", shard.uri.rpartition("/")[2])
+        if not storage.exists(to):
+            blind = (replace(i, labels=[], regions=[replace(r, labels=[]) for r in i.regions])
+                     for i in read_shard(shard.uri))  # fmt: skip
+            write_shard(to, blind)
 
 
 def taught(folder: Path, labelled: str) -> str:
@@ -144,8 +159,6 @@ def rightness(run: str, kept: str, answers: str) -> dict[str, list[int]]:
 
 
 def _labelled(uri: str, columns: list[str]) -> Any:
-    from meddam_core.shards import read_shard
-
     return read_shard(uri, columns=columns, batch_rows=256)
 
 
