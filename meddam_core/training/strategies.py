@@ -70,6 +70,9 @@ class Strategy:
     def finish(self, rate: float) -> float:
         """Cuts the gradient and moves the weights, unless it is not finite. Returns its norm before. Collective."""
         trained = [p for p in self.module.parameters() if p.requires_grad]
+        for parameter in trained:  # no adapter ran, as no crop differed: zero, as where the model lies in shares
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
         norm = float(_all_of(torch.nn.utils.clip_grad_norm_(trained, self._max_grad_norm)))
         if norm == norm and norm != float("inf"):
             set_learning_rate(self.optimizer, rate)

@@ -61,10 +61,10 @@ def run(cfg: Config) -> Summary:
 
     model_folder(cfg)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
     set_environment()
     with session(cfg.num_cpus):
+        for number in (signal.SIGTERM, signal.SIGINT):  # after Ray has set its own, which would exit at once with 15
+            signal.signal(number, lambda *_: stop.set())
         url = start(cfg)
         who = "with a key" if cfg.keys else "without keys"
         typer.echo(f"serving on {url} {who}; the page is at {url}/, the API at {url}/v1; Ctrl-C ends it", err=True)

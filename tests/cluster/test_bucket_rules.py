@@ -136,8 +136,6 @@ def action(method: str, path: str) -> tuple[str, str, str | None]:
     _, _, key = unquote(parts.path).lstrip("/").partition("/")
     query = parse_qs(parts.query, keep_blank_values=True)
     if not key:
-        if method == "POST" and "delete" in query:
-            return "s3:DeleteObject", "*", None
         if "uploads" in query:
             return "s3:ListBucketMultipartUploads", "", query.get("prefix", [""])[0]
         return "s3:ListBucket", "", query["prefix"][0] if "prefix" in query else None

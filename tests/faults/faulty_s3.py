@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import random
+import re
 import threading
 import time
 from collections import Counter
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, BinaryIO
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-connection"}
 
@@ -47,7 +48,7 @@ class Server:
     faults: Faults
     given: Counter[str] = field(default_factory=Counter)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Requests by method and path with query."""
+    """Requests by method and path with query; one that deletes many keys counts as a DELETE of each."""
 
 
 @contextlib.contextmanager
@@ -57,10 +58,10 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
     server = Server(url="", faults=faults)
     upstream = urlsplit(endpoint).netloc
 
-    def fate(request: tuple[str, str]) -> str:
+    def fate(requests: list[tuple[str, str]]) -> str:
         with lock:
             server.given["requests"] += 1
-            server.asked[request] += 1
+            server.asked.update(requests)
             if faults.expired_after is not None and server.given["requests"] > faults.expired_after:
                 chosen = "expired"
             else:
@@ -79,7 +80,7 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
         def pass_on(self) -> None:
             chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
             body = _chunks(self.rfile) if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            chosen = fate((self.command, self.path))
+            chosen = fate(_named(self.command, self.path, body))
             if chosen == "throttled":
                 return self.refuse(503, "SlowDown", "Please reduce your request rate.")
             if chosen == "expired":
@@ -138,6 +139,14 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
     finally:
         listener.shutdown()
         listener.server_close()
+
+
+def _named(method: str, path: str, body: bytes) -> list[tuple[str, str]]:
+    bucket, _, query = path.partition("?")
+    if method == "POST" and query.startswith("delete"):
+        keys = re.findall("<Key>(.*?)</Key>", body.decode())
+        return [("DELETE", f"{bucket.rstrip('/')}/{quote(key)}") for key in keys]
+    return [(method, path)]
 
 
 def _chunks(stream: BinaryIO) -> bytes:

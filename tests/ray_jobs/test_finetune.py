@@ -174,15 +174,15 @@ def test_a_lost_worker_is_replaced_and_the_curve_goes_on(
     data: tuple[str, str], tmp_path: Path, ray_session: None
 ) -> None:
     out = tmp_path / "out"
-    cfg = config(data, out, num_workers=2, strategy="fsdp", max_steps=80, checkpoint_every=2, learning_rate=RATE)
+    cfg = config(data, out, num_workers=2, strategy="fsdp", max_steps=30, checkpoint_every=2, learning_rate=RATE)
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(finetune.run, cfg)
         while not running.done() and len(checkpoints(str(out))) < 2:
             time.sleep(0.02)
         killed = checkpoints(str(out))[-1][0]
         os.kill(_train_workers()[-1], signal.SIGKILL)
-        assert running.result().num_steps == 80
-    assert killed < 70
+        assert running.result().num_steps == 30
+    assert killed < 26
     finetune.run(cfg.model_copy(update={"out": str(tmp_path / "whole")}))
     assert losses(out) == pytest.approx(losses(tmp_path / "whole"), abs=1e-4)
 

@@ -46,7 +46,7 @@ def plain_losses(dam: Dam, given: Sequence[Batch], num_steps: int) -> list[float
                 logits.append(dam.llm.logits(hidden[0]))
                 targets.append(goal)
         loss = F.cross_entropy(torch.cat(logits), torch.cat(targets), ignore_index=IGNORED)
-        optimizer.zero_grad()
+        optimizer.zero_grad(set_to_none=False)  # what did not run in a step has a gradient of zero, not none
         loss.backward()
         torch.nn.utils.clip_grad_norm_([p for _, p in named], 1.0)
         cosine = 0.5 * (1 + math.cos(math.pi * (step - 4) / 16))
