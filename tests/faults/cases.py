@@ -74,7 +74,7 @@ def _spill(scene: Scene) -> Told:
     """Films, an object store with hardly any room for them, and a disk to spill to that is full; then it has room."""
     out, films = f"{scene.root('spill')}/full", make_films(f"{scene.root('spill')}/set", NUM_FILMS)
     model = wide_model(str(scene.folder))
-    with _small_disk(scene.folder / "disk") as disk:
+    with _small_disk(scene.folder / "small-disk") as disk:
         job = SpillingJob(films, ["--engine", "benchmarks.waiting_engine:WaitingEngine", "--model", model], str(disk))
 
         def make_room(process: subprocess.Popen[bytes], start: int) -> None:
