@@ -40,9 +40,6 @@ from ray_jobs.summary import Summary
 BLOCK_BYTES = 32 << 20
 """Small blocks up to the captioner, so that all captioners start at once and end together."""
 MAX_PASSES = 3
-NO_ROOM = (
-    "a node's object store is full, and so is the disk that it spills to; make room there, or spill to a larger one"
-)
 
 
 def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
@@ -72,7 +69,7 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
                 monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)
                 stopped = None
                 for _ in range(MAX_PASSES):  # the second finds nothing left, unless files went missing under the first
-                    if stopped is not None or plan.hindered is not None or not plan.begin(spec):
+                    if stopped is not None or not plan.begin(spec):
                         break
                     stopped = _caption(cfg, plan, spec, monitor, shown)
                 return _publish(plan, monitor, stopped, started, shown)
@@ -115,11 +112,9 @@ def _caption(cfg: Config, plan: Plan, spec: AnySpec, monitor: Any, shown: Progre
                 plan.directory.path("parts", f"attempt={plan.attempt}"), filesystem=plan.directory.filesystem,
                 min_rows_per_file=cfg.images_per_file, ray_remote_args={"num_cpus": shares.write},
             )  # fmt: skip
-        except Exception as error:  # the breaker raises in an actor and Ray wraps that; most else goes on up
+        except Exception:  # the breaker raises in an actor and Ray wraps that; anything else goes on up
             stop: str | None = ray.get(monitor.totals.remote()).stop
-            if stop is None and isinstance(error, (ray.exceptions.OutOfDiskError, ray.exceptions.ObjectStoreFullError)):
-                plan.hindered = NO_ROOM
-            elif stop is None:
+            if stop is None:
                 raise
             return stop
     return None

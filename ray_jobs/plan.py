@@ -62,8 +62,6 @@ class Plan:
     num_images_left: int = 0
     num_regions_left: int = 0
     spec: AnySpec | None = None
-    hindered: str | None = None
-    """What kept a pass from its end that is no fault of an image; running again is the cure, once it is gone."""
 
     @property
     def model_name(self) -> str:
@@ -155,7 +153,6 @@ def finish_summary(
         state = "incomplete"
         missing = found.num_missing if found else plan.num_regions_left
         why = f"{missing:,} captions are missing; run the same command again"
-        why = why if plan.hindered is None else f"{plan.hindered}. {why}"
     if found is not None and found.clean and found.num_published and found.by_status == {"failed": found.num_published}:
         state, why = "stopped", "every caption failed; mend the cause, then run `meddam retry`"
     assert plan.spec is not None

@@ -47,7 +47,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # unset, Ray leaves a token in the user's home
         if quiet:  # Ray's C++ side writes to the terminal past Python's logging
             os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
-        start_ray(
+        _start(
             address="local", num_cpus=max(MIN_CPUS, num_cpus or os.cpu_count() or 1), include_dashboard=False,
             object_store_memory=object_store_bytes, **common,
         )  # fmt: skip
@@ -58,7 +58,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         ray.shutdown()
 
 
-def start_ray(**settings: Any) -> None:
+def _start(**settings: Any) -> None:
     """ray.init, once more or twice where a busy machine took longer than the 30 s that Ray allows itself."""
     import ray
 

@@ -1,26 +1,18 @@
-"""Faults of processes, rows, memory, disks, clocks and the store: each a function from a scene to what came of it."""
+"""Faults of processes, rows, memory, the clock and the store: each a function from a scene to what came of it."""
 
 from __future__ import annotations
 
-import contextlib
 import shutil
 import subprocess
-import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
-from benchmarks.pipeline import make_films, wide_model
 from tests.faults.clock import jumping_clock
 from tests.faults.faulty_s3 import Faults, faulty
-from tests.faults.kill_and_resume import Job, committed
+from tests.faults.kill_and_resume import committed
 from tests.faults.processes import title
 from tests.faults.scene import POISONED_IMAGE, Case, Killer, Scene, Skipped, Told
 from tests.faults.torch_engines import NOTES
 
 HOUR_S = 3600
-NUM_FILMS = 40
-FULL_DISK, ROOMY_DISK = "8m", "2g"
 
 
 def _killed(scene: Scene, killer: Killer, out: str, what: str, max_starts: int = 1) -> Told:
@@ -68,54 +60,6 @@ def _memory(scene: Scene) -> Told:
         what=f"memory refused to a captioner {len(refused)} times, for up to {max(refused)} regions; one never fits",
         out=out, undisturbed_s=undisturbed_s, seconds=seconds, failed={POISONED_IMAGE: "out_of_memory"},
     )  # fmt: skip
-
-
-def _spill(scene: Scene) -> Told:
-    """Films, an object store with hardly any room for them, and a disk to spill to that is full; then it has room."""
-    out, films = f"{scene.root('spill')}/full", make_films(f"{scene.root('spill')}/set", NUM_FILMS)
-    model = wide_model(str(scene.folder))
-    with _small_disk(scene.folder / "small-disk") as disk:
-        job = SpillingJob(films, ["--engine", "benchmarks.waiting_engine:WaitingEngine", "--model", model], str(disk))
-
-        def make_room(process: subprocess.Popen[bytes], start: int) -> None:
-            if start == 1:
-                _resize(disk, ROOMY_DISK)
-
-        seconds = scene.to_the_end(job, out, max_starts=2, during=make_room)
-        said = scene.log(out).read_text()
-        assert "the disk that it spills to" in said and "RayTaskError" not in said, said[-3000:]
-        undisturbed_s = scene.undisturbed_s("spill", job)
-    return Told(
-        what="the disk that Ray spills to is full; then it has room, and it is run again", out=out, seconds=seconds,
-        undisturbed_s=undisturbed_s,
-    )  # fmt: skip
-
-
-@dataclass(slots=True)
-class SpillingJob(Job):
-    """A job in a session with a small object store, which spills to `disk`."""
-
-    disk: str = ""
-
-    def command(self, out: str) -> list[str]:
-        return [sys.executable, "-m", "tests.faults.spilling", self.disk, "caption", *Job.command(self, out)[3:]]
-
-
-@contextlib.contextmanager
-def _small_disk(folder: Path) -> Iterator[Path]:
-    """A file system of its own at `folder`, with hardly any room."""
-    folder.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={FULL_DISK}", "tmpfs", folder], check=False)
-    if made.returncode:
-        raise Skipped("a small file system could not be mounted; that takes root")
-    try:
-        yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", folder], check=True)
-
-
-def _resize(folder: Path, size: str) -> None:
-    subprocess.run(["mount", "-o", f"remount,size={size}", folder], check=True)
 
 
 def _clock(scene: Scene) -> Told:
@@ -185,7 +129,6 @@ CASES = (
     Case(name="driver", run=_driver),
     Case(name="poison", run=_poison),
     Case(name="memory", run=_memory, short=True),
-    Case(name="spill", run=_spill),
     Case(name="clock", run=_clock, short=True),
     Case(name="s3-503", run=_throttled),
     Case(name="s3-slow", run=_slow),

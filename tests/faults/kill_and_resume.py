@@ -50,17 +50,13 @@ class Job:
     shards: str
     options: list[str] = field(default_factory=list)
 
-    def command(self, out: str) -> list[str]:
-        """What is run."""
-        return [
+    def start(self, out: str, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """Starts the job as its own process, with `env` on top of this one's; its output goes to `log`."""
+        command = [
             sys.executable, "-m", "ray_jobs.caption", self.shards, "--out", out, "--model", MODEL, "--prompt",
             "dam-default", "--max-new-tokens", "16", "--images-per-file", "10", "--images-per-batch", "4",
             "--num-cpus", "2", *self.options,
         ]  # fmt: skip
-
-    def start(self, out: str, log: Path, env: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
-        """Starts the job as its own process, with `env` on top of this one's; its output goes to `log`."""
-        command = self.command(out)
         whole = os.environ | {"RAY_AUTH_MODE": "disabled"} | dict(env or {})
         with log.open("ab") as stream:
             return subprocess.Popen(command, stdout=stream, stderr=stream, env=whole)
