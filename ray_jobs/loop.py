@@ -8,6 +8,7 @@
     OUT/loop.json                    every round with its counts and scores
     OUT/report.html                  the curve over rounds, what was dropped, the test
     OUT/start/                       the first model, where it is trained here
+    OUT/truth/                       the captions of labelled phantoms, made from their truth
     OUT/ARM/round-N/captions         what the model of the round before says of unlabelled regions, and its judging
     OUT/ARM/round-N/judged           the question table that those captions were judged by
     OUT/ARM/round-N/set              what curation chose, and what it dropped and why

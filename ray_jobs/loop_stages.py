@@ -56,7 +56,7 @@ class Stages:
 
     def labelled_captions(self) -> tuple[str, ...]:
         """The captions of the labelled shards; those of phantoms are written once."""
-        cfg, out = self.cfg, self._at("labelled")
+        cfg, out = self.cfg, self._at("truth")  # not "labelled": an arm is called that
         if cfg.labelled_captions:
             return cfg.labelled_captions
         if not storage.exists(storage.join(out, "captions.parquet")):

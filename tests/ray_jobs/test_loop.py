@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +17,7 @@ from meddam_core.models import default_model
 from meddam_core.shards import read_shard
 from ray_jobs import ingest, loop, loop_stages
 from ray_jobs.ingest_config import PhantomsConfig
-from ray_jobs.loop_config import Config
+from ray_jobs.loop_config import Arm, Config
 from ray_jobs.loop_sets import check_apart, write_truth_captions
 from ray_jobs.loop_state import LOOP, ArmState, LoopState, Reading, Round, Score
 from ray_jobs.options import build
@@ -217,6 +217,15 @@ def test_a_round_that_keeps_nothing_says_so(tmp_path: Path, monkeypatch: pytest.
         monkeypatch.setattr(loop_stages.Stages, name, lambda *_, value=value: value)
     with pytest.raises(loop.Unfinished, match="kept none of 7 captions"):
         work._choose(work.state.arms[0], Round(number=1), "m")
+
+
+def test_the_captions_of_labelled_phantoms_lie_in_no_arms_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An arm's folder holds further tables, which would be read as captions, too."""
+    monkeypatch.setattr(loop_stages, "write_truth_captions", lambda *_: None)
+    (folder,) = loop_stages.Stages(config(tmp_path)).labelled_captions()
+    assert Path(folder).parent == tmp_path and Path(folder).name not in get_args(Arm)
 
 
 def _state(out: Path) -> LoopState:
