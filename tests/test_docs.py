@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -75,9 +76,14 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return env
 
 
-@pytest.mark.parametrize(
-    ("page", "block"), [pytest.param(p, b, id=f"{p.name}-{i}") for p in PAGES for i, b in enumerate(blocks(p, "bash"))]
-)
+def _bash_blocks() -> Iterator[Any]:
+    for page in PAGES:
+        for number, block in enumerate(blocks(page, "bash")):
+            slow = "pydicom-samples" in block  # `make demo` types these very commands
+            yield pytest.param(page, block, id=f"{page.name}-{number}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize(("page", "block"), list(_bash_blocks()))
 def test_bash_blocks_run(page: Path, block: str, environment: dict[str, str], tmp_path: Path) -> None:
     # Run where the repository is, but let what they write land elsewhere.
     for name in ("tests", "meddam_core", "docs"):

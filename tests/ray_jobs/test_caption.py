@@ -121,7 +121,8 @@ def test_a_small_run_of_failures_is_no_success_either(ray_session: None, tmp_pat
     assert "every caption failed" in str(summary.why)
 
 
-@pytest.mark.parametrize("engine", ["KillingEngine", pytest.param("BreakingEngine", marks=pytest.mark.slow)])
+@pytest.mark.slow  # the fault suite does it, too
+@pytest.mark.parametrize("engine", ["KillingEngine", "BreakingEngine"])
 def test_an_image_that_kills_its_process_is_one_failed_row(ray_session: None, tmp_path: Path, engine: str) -> None:
     def pixels(image: int) -> NDArray[np.uint8]:
         side = (SIDE_PX, SIDE_PX, 3)
