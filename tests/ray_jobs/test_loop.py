@@ -189,7 +189,7 @@ def _holds_what_it_promises(out: Path, summary: loop.Summary) -> None:
         assert [r.number for r in arm.rounds] == [1]
         assert arm.rounds[0].captions == str(out / "curated/round-1/captions")  # round 1 is shared
         assert (out / arm.name / "round-1/ft/model/config.json").exists()
-    assert uncurated.rounds[0].num_kept == uncurated.rounds[0].num_captions
+    assert uncurated.rounds[0].num_kept > 0 and uncurated.rounds[0].dropped.keys() <= {"status"}  # cut at 40 tokens
     assert 0 < curated.rounds[0].num_kept < curated.rounds[0].num_captions
     kept = pq.read_table(out / "curated/round-1/set/captions").to_pylist()
     assert all(r["labels"] == [] and r["truth_share"] is None and r["verdict_share"] is not None for r in kept)
