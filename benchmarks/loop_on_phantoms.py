@@ -1,7 +1,7 @@
 """Does a model learn from its own captions? The loop on phantoms, with curation, without, and with labels alone.
 
-    taskset -c 0 python -m benchmarks.loop_on_phantoms --out loop-phantoms        # under an hour on one core
-    python -m benchmarks.loop_on_phantoms --out loop-mini --mini                  # a few minutes: only that it works
+    python -m benchmarks.loop_on_phantoms --out loop-phantoms                     # over an hour on two shared cores
+    python -m benchmarks.loop_on_phantoms --out loop-mini --mini                  # a few steps: only that it works
 
 Run it again to resume. A small model is trained from scratch on the labels of LABELLED_IMAGES phantoms, a tenth of what
 the packaged one had, through the same three stages: labels, language, all. It then describes the regions of as many
@@ -144,7 +144,7 @@ def rightness(run: str, kept: str, answers: str) -> dict[str, list[int]]:
     library = load_library()
     judge = LexicalJudge(library)
     questions: dict[int, list[Any]] = defaultdict(list)
-    for image in (i for s in shards_below(answers) for i in _labelled(s.uri, COLUMNS)):
+    for image in (i for s in shards_below(answers) for i in read_shard(s.uri, columns=COLUMNS, batch_rows=256)):
         for question in questions_of_image(image, library, Settings(seed=SEED)).questions:
             questions[question.region_id].append(question)
     chosen = {(r["region_id"], r["sample"]) for r in pq.read_table(kept, columns=["region_id", "sample"]).to_pylist()}
@@ -156,10 +156,6 @@ def rightness(run: str, kept: str, answers: str) -> dict[str, list[int]]:
             count[0] += outcomes.count("correct")
             count[1] += len(outcomes)
     return counts
-
-
-def _labelled(uri: str, columns: list[str]) -> Any:
-    return read_shard(uri, columns=columns, batch_rows=256)
 
 
 def figures(folder: Path, summary: Any, answers: str) -> dict[str, Any]:
