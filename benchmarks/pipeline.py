@@ -97,7 +97,7 @@ def throughput(root: str, num_images: int, steps_ms: list[int], huge_every: int 
     with session():
         for step_ms in steps_ms:
             ideal = 1000 * REGIONS_PER_STEP / step_ms
-            rate = job(shards, f"{root}/run-{step_ms}", _model(root), step_ms)
+            rate = job(shards, f"{root}/run-{step_ms}", model_folder(root), step_ms)
             print(f"pipeline {rate:.1f} regions/s, captioner alone {ideal:.1f} regions/s: ratio {rate / ideal:.3f}")
 
 
@@ -108,7 +108,7 @@ def memory(root: str, num_images: int, store_mb: int) -> None:
         make_films(f"{root}/films-{size}", size)
         command = [
             sys.executable, "-m", "benchmarks.pipeline", "--store-mb", str(store_mb),
-            "--one", f"{root}/films-{size}", _model(root),
+            "--one", f"{root}/films-{size}", model_folder(root),
         ]  # fmt: skip
         process = subprocess.Popen(command)
         with PeakMemory(process.pid, every_s=0.3) as watched:
@@ -118,7 +118,7 @@ def memory(root: str, num_images: int, store_mb: int) -> None:
     print(f"ten times the images, {peaks[1] / peaks[0]:.3f} times the peak memory")
 
 
-def _model(root: str) -> str:
+def model_folder(root: str) -> str:
     """A checkpoint folder with DAM-3B's view size; the waiting captioner never loads its weights."""
     import json
     import shutil

@@ -40,6 +40,8 @@ from tests.faults.processes import PeakMemory, kill
 REGIONS_PER_IMAGE = 16
 IMAGES_PER_SHARD = 500
 IMAGES_PER_FILE = 100
+MIN_FILES = 20
+"""So that a short run, too, has moments to be killed in."""
 NUM_PHANTOMS = 120
 SIDE_PX = 512
 POLL_S = 0.1
@@ -155,11 +157,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--regions", type=int, default=100_000)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-new-tokens", type=int, default=16)
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="enough for every caption to come to its end")
+    parser.add_argument("--num-captioners", type=int, default=2)
     parser.add_argument("--slots", type=int, default=256)
     parser.add_argument("--folder", type=Path, help="where the set lies already, or is made and kept")
     args = parser.parse_args(argv)
     num_images = -(-args.regions // REGIONS_PER_IMAGE)
+    images_per_file = max(1, min(IMAGES_PER_FILE, num_images // MIN_FILES))
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meddam-long-")))
         folder = args.folder or scratch
@@ -171,9 +175,10 @@ def main(argv: list[str] | None = None) -> int:
         command = [
             sys.executable, "-m", "ray_jobs.caption", str(folder / "set"), "--out", out, "--model", default_model(),
             "--prompt", "dam-default", "--max-new-tokens", str(args.max_new_tokens), "--slots", str(args.slots),
-            "--images-per-file", str(IMAGES_PER_FILE), "--images-per-batch", "16",
+            "--images-per-file", str(images_per_file), "--images-per-batch", "16",
+            "--num-captioners", str(args.num_captioners),
         ]  # fmt: skip
-        num_files = num_images // IMAGES_PER_FILE
+        num_files = num_images // images_per_file
         story = run_through(command, out, num_files, args.kills, random.Random(args.seed), scratch / "log")
         found = audit(RunDirectory(out))
         tell(story, found.num_published)

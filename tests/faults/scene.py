@@ -47,12 +47,16 @@ class Told:
 
 @dataclass(slots=True, kw_only=True)
 class Scene:
-    """A round's data, and its undisturbed runs by place: disk, s3, cluster, head."""
+    """The data, its undisturbed runs by place (disk, s3, cluster, head), and the round that is on.
+
+    The data is the same in all rounds, and so are the undisturbed runs, each made when a case first asks for it.
+    """
 
     folder: Path
     s3_endpoint: str
     rng: random.Random
     num_images: int = 30
+    round: int = 0
     environments: dict[str, dict[str, str]] = field(default_factory=dict)
     """What a job of a place needs in its environment."""
     _shards: dict[str, str] = field(default_factory=dict)
@@ -62,6 +66,10 @@ class Scene:
     def root(self, place: str) -> str:
         """Where a place's data and runs lie."""
         return f"{BUCKET}/{self.folder.name}" if place == "s3" else str(self.folder / place)
+
+    def out(self, place: str, name: str) -> str:
+        """The run directory of a case in this round."""
+        return f"{self.root(place)}/{name}-{self.round}"
 
     def job(self, place: str, *options: str, engine: str = "torch") -> Job:
         """The job over the place's shards, which are made at the first call."""
@@ -79,6 +87,10 @@ class Scene:
     def note(self, place: str, out: str, seconds: float) -> None:
         """An undisturbed run of the place, made in whatever way."""
         self._spans_s[place], self._tables[place] = seconds, captions(out)
+
+    def is_noted(self, place: str) -> bool:
+        """Whether the place's undisturbed run has been made."""
+        return place in self._spans_s
 
     def undisturbed(self, out: str) -> pa.Table:
         """The captions of the undisturbed run in the place where `out` lies."""

@@ -5,7 +5,7 @@
     python -m tests.faults.suite --only memory,clock            some of them
     python -m tests.faults.suite --short                        a few that tell most
 
-A line a case: what was done, the time it cost against the undisturbed run of the same round and place, what the audit
+A line a case: what was done, the time it cost against the undisturbed run of the same place, what the audit
 counts, and whether the captions equal the undisturbed run's. Ends with 1 if anything is missing, twice or different.
 Everything is real: the job in a process of its own, Ray, an S3 server, more raylets, signals.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import subprocess
 import sys
 import tempfile
 import time
@@ -60,8 +61,8 @@ def run_case(case: Case, scene: Scene) -> bool:
     except Skipped as why:
         print(f"  {case.name:<11} skipped: {why}", flush=True)
         return True
-    except AssertionError as error:
-        print(f"  {case.name:<11} FAILED: {error}", flush=True)
+    except (AssertionError, OSError, subprocess.SubprocessError) as error:
+        print(f"  {case.name:<11} FAILED: {type(error).__name__}: {error}", flush=True)
         return False
     lost = f"{told.seconds - told.undisturbed_s:+.1f} s on {told.undisturbed_s:.1f} s"
     print(f"  {case.name:<11} {'clean' if good else 'UNCLEAN'}: {counts}; {lost}; {told.what}", flush=True)
@@ -85,18 +86,17 @@ def main(argv: list[str] | None = None) -> int:
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     chosen = [c for c in CASES if c.name in (args.only or names) and (c.short or not args.short)]
     bad = 0
-    for number in range(args.rounds):
-        print(f"round {number + 1} of {args.rounds}, {len(chosen)} cases, load {os.getloadavg()[0]:.1f}", flush=True)
-        begun = time.monotonic()
-        with ExitStack() as stack:
-            scratch = tempfile.TemporaryDirectory(prefix="mfs", ignore_cleanup_errors=True)
-            folder = stack.enter_context(scratch)
-            scene = Scene(
-                folder=Path(folder), s3_endpoint=s3_server(stack), rng=random.Random(args.seed + number),
-                num_images=args.images,
-            )  # fmt: skip
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfs", ignore_cleanup_errors=True)))
+        scene = Scene(
+            folder=folder, s3_endpoint=s3_server(stack), rng=random.Random(args.seed), num_images=args.images
+        )  # fmt: skip
+        for scene.round in range(args.rounds):
+            print(f"round {scene.round + 1} of {args.rounds}, {len(chosen)} cases, load {os.getloadavg()[0]:.1f}",
+                  flush=True)  # fmt: skip
+            begun = time.monotonic()
             bad += sum(not run_case(case, scene) for case in chosen)
-        print(f"  {time.monotonic() - begun:.0f} s", flush=True)
+            print(f"  {time.monotonic() - begun:.0f} s", flush=True)
     print(f"{args.rounds * len(chosen)} faults in {args.rounds} rounds, {bad or 'none'} of them unclean")
     return 1 if bad else 0
 

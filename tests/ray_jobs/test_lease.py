@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -10,7 +11,10 @@ from pathlib import Path
 import boto3
 import pytest
 
+from meddam_core import storage
 from ray_jobs.lease import Lease, LeaseHeld
+from tests.faults.kill_and_resume import Job
+from tests.ray_jobs.made_shards import make_shards
 
 HOLD = """
 import sys
@@ -73,3 +77,14 @@ def test_a_renewal_whose_answer_was_lost_keeps_the_lease(s3_bucket: str) -> None
         # the same body with another etag: what the bucket holds when a put went through and its answer did not
         boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="run/lease", Body=lease.body(99))
         assert not lost.wait(timeout=3)
+
+
+@pytest.mark.s3
+def test_a_job_is_turned_away_while_another_holds_the_run(s3_bucket: str, tmp_path: Path) -> None:
+    """Two that start at the same moment: `python -m tests.faults.suite --only rivals`."""
+    out, log = f"{s3_bucket}/run", tmp_path / "log"
+    job = Job(make_shards(str(tmp_path / "set"), 1, 4), ["--engine", "torch"])
+    with Lease(out):
+        assert job.start(out, log).wait() == 5
+    assert f"is held by process {os.getpid()}" in log.read_text()
+    assert not storage.exists(f"{out}/run.json")
