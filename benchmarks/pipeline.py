@@ -3,11 +3,12 @@
     python -m benchmarks.pipeline                         the whole job's rate against that captioner's own, in one run
     python -m benchmarks.pipeline --steps-ms 40,80,160    the same for slower captioners too, one after the other
     python -m benchmarks.pipeline --uneven                one film in forty is 6,000 pixels wide
-    python -m benchmarks.pipeline --memory --images 400 --store-mb 1500   peak memory at that size and at ten times it
+    python -m benchmarks.pipeline --memory                peak memory at 400 films and at ten times as many
 
 The captioner takes 40 ms for 8 regions and no CPU, as a GPU does. In front of it stands the real work: 1024-pixel
 16-bit images read from Parquet, decoded from PNG, windowed, cropped. Ratios belong in LOG.md. For --memory the smaller
-set must be larger than the object store already, or filling it is what is measured; 400 films are 1.9 GB of views.
+set must be larger than the object store already, or filling it is what is measured; 400 films are 1.9 GB of views and
+the store has 1.5.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def model_folder(root: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=1200)
+    parser.add_argument("--images", type=int, help="1200; 400 for --memory")
     parser.add_argument("--memory", action="store_true")
     parser.add_argument("--store-mb", type=int, default=1500, help="the object store of --memory")
     parser.add_argument("--steps-ms", type=lambda text: [int(ms) for ms in text.split(",")], default=[40])
@@ -154,9 +155,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as root:
         print(f"{os.cpu_count()} CPUs, load {os.getloadavg()[0]:.1f}")
         if args.memory:
-            memory(root, args.images, args.store_mb)
+            memory(root, args.images or 400, args.store_mb)
         else:
-            throughput(root, args.images, args.steps_ms, HUGE_EVERY if args.uneven else None)
+            throughput(root, args.images or 1200, args.steps_ms, HUGE_EVERY if args.uneven else None)
 
 
 if __name__ == "__main__":

@@ -110,7 +110,8 @@ def _caption(cfg: Config, plan: Plan, spec: AnySpec, monitor: Any, shown: Progre
             )  # fmt: skip
             captions.write_parquet(  # two-phase commit of files and of the ids in them
                 plan.directory.path("parts", f"attempt={plan.attempt}"), filesystem=plan.directory.filesystem,
-                min_rows_per_file=cfg.images_per_file, ray_remote_args={"num_cpus": shares.write},
+                min_rows_per_file=cfg.images_per_file, concurrency=shares.max_writers,
+                ray_remote_args={"num_cpus": shares.write},
             )  # fmt: skip
         except Exception:  # the breaker raises in an actor and Ray wraps that; anything else goes on up
             stop: str | None = ray.get(monitor.totals.remote()).stop
@@ -138,10 +139,14 @@ def read_shards(plan: Plan, shares: Shares) -> Any:
     filesystem, _ = storage.open_uri(plan.unfinished[0].uri)
     images = ray.data.read_parquet(
         [storage.open_uri(s.uri)[1] for s in plan.unfinished], filesystem=filesystem, partitioning=None,
-        num_cpus=shares.read, schema=shard_schema({}),  # not the first file's: an older one may lack columns
+        num_cpus=shares.read, concurrency=shares.max_readers,
+        schema=shard_schema({}),  # not the first file's: an older one may lack columns
     )  # fmt: skip
     if plan.only is not None:  # an attempt beyond the first: only what failed
-        images = images.map_batches(functools.partial(_only, ids=ray.put(plan.only)), batch_format="pyarrow")
+        images = images.map_batches(
+            functools.partial(_only, ids=ray.put(plan.only)), batch_format="pyarrow", num_cpus=shares.read,
+            concurrency=shares.max_readers,
+        )  # fmt: skip
     return images
 
 

@@ -143,13 +143,18 @@ class Shares:
     extract: float
     describe: float
     write: float
+    max_readers: int
     max_extractors: int
+    max_writers: int
 
 
 def share_cpus(num_captioners: int, num_extractors: int | None = None) -> Shares:
     """Splits the cluster's CPUs so that reading, Ray's checkpoint filter and writing always find room.
 
-    With two CPUs a resume once hung at "2.3/2 CPU": the filter (a CPU an actor) could not start beside the others.
+    With two CPUs a resume once hung at "2.3/2 CPU": the filter (a CPU an actor) could not start beside the others. And
+    readers and writers have a number: to a stage without one Ray Data reserves as much as to each other, and to the
+    last ones, where upstream stages took it all, nothing. A resume then wrote no file until all was read.
+
     Raises ValueError where the cluster has fewer than two.
     """
     import ray
@@ -157,11 +162,22 @@ def share_cpus(num_captioners: int, num_extractors: int | None = None) -> Shares
     cpus = ray.cluster_resources().get("CPU", 0.0)
     if cpus < MIN_CPUS:
         raise ValueError(f"the Ray cluster has {cpus:g} CPUs; captioning needs at least {MIN_CPUS}")
+    return shares_of(cpus, num_captioners, num_extractors)
+
+
+def shares_of(cpus: float, num_captioners: int, num_extractors: int | None = None) -> Shares:
+    """`share_cpus` for a number of CPUs, two or more."""
     small = 0.25 if cpus < 8 else 0.5
-    describe = min(small, (cpus - 1) / (4 * num_captioners))
-    free = max(0.1, cpus - 1 - num_captioners * describe - 2 * small)
+    describe = _floor(min(small, (cpus - 1) / (4 * num_captioners)))
+    readers, writers = max(1, int(cpus / 8)), max(1, int(cpus / 16))
+    free = max(0.1, cpus - 1 - num_captioners * describe - (readers + writers) * small)
     extractors = num_extractors or (max(2, int(free)) if cpus <= 4 else max(1, int(free)))
     return Shares(
-        read=small, extract=math.floor(100 * min(1.0, free / extractors)) / 100, describe=round(describe, 2),
-        write=small, max_extractors=extractors,
+        read=small, extract=_floor(min(1.0, free / extractors)), describe=describe, write=small, max_readers=readers,
+        max_extractors=extractors, max_writers=writers,
     )  # fmt: skip
+
+
+def _floor(cpus: float) -> float:
+    """To hundredths: what is shared out may not add up to more than there is."""
+    return math.floor(100 * cpus + 1e-6) / 100
