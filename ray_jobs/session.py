@@ -151,9 +151,10 @@ class Shares:
 def share_cpus(num_captioners: int, num_extractors: int | None = None) -> Shares:
     """Splits the cluster's CPUs so that reading, Ray's checkpoint filter and writing always find room.
 
-    With two CPUs a resume once hung at "2.3/2 CPU": the filter (a CPU an actor) could not start beside the others. And
-    readers and writers have a number: to a stage without one Ray Data reserves as much as to each other, and to the
-    last ones, where upstream stages took it all, nothing. A resume then wrote no file until all was read.
+    With two CPUs a resume once hung at "2.3/2 CPU": the filter (a CPU an actor) could not start beside the others.
+    Readers and writers have a number, or Ray Data would reserve as much for them as for the stages that work. It
+    reserves upstream first, out of what the stages hold now and whole CPUs beyond that: on few CPUs nothing was left
+    for a writer, and a resume wrote no file until all was read. There writers take none, which is always to be had.
 
     Raises ValueError where the cluster has fewer than two.
     """
@@ -167,13 +168,13 @@ def share_cpus(num_captioners: int, num_extractors: int | None = None) -> Shares
 
 def shares_of(cpus: float, num_captioners: int, num_extractors: int | None = None) -> Shares:
     """`share_cpus` for a number of CPUs, two or more."""
-    small = 0.25 if cpus < 8 else 0.5
+    small, write = (0.25, 0.0) if cpus < 8 else (0.5, 0.5)
     describe = _floor(min(small, (cpus - 1) / (4 * num_captioners)))
     readers, writers = max(1, int(cpus / 8)), max(1, int(cpus / 16))
-    free = max(0.1, cpus - 1 - num_captioners * describe - (readers + writers) * small)
+    free = max(0.1, cpus - 1 - num_captioners * describe - readers * small - writers * write)
     extractors = num_extractors or (max(2, int(free)) if cpus <= 4 else max(1, int(free)))
     return Shares(
-        read=small, extract=_floor(min(1.0, free / extractors)), describe=describe, write=small, max_readers=readers,
+        read=small, extract=_floor(min(1.0, free / extractors)), describe=describe, write=write, max_readers=readers,
         max_extractors=extractors, max_writers=writers,
     )  # fmt: skip
 
