@@ -39,6 +39,8 @@ class Config(BaseModel):
     """DAM checkpoint folder: is it on each node?"""
     wait_s: float = Field(60.0, gt=0)
     """How long a node of the cluster may take to answer."""
+    wait_for_gpus: int | None = Field(None, ge=1)
+    """Begin when the cluster has so many GPUs, and ask its autoscaler for them: only nodes that are there are seen."""
 
 
 class Report(BaseModel):
@@ -170,9 +172,10 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from ray_jobs.session import session
+    from ray_jobs.session import session, wait_for_gpus
 
     with session():
+        wait_for_gpus(cfg.wait_for_gpus)
         alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
         probe = ray.remote(node_facts)
         asked = []
