@@ -66,6 +66,15 @@ def test_every_base_gets_what_ray_up_and_the_probes_call(tmp_path: Path, has_pyt
     assert ("python3.12-venv" in installed) == (not has_python)
 
 
+def test_a_login_shell_finds_what_is_installed(tmp_path: Path) -> None:
+    (step,) = (step for step in steps("RUN") if "/etc/profile.d/" in step)
+    profile = tmp_path / "meddam.sh"
+    written = step.partition("&& echo ")[2].replace("/etc/profile.d/meddam.sh", str(profile))
+    script = f"echo {written}\nPATH=/usr/bin:/bin\n. {profile}\necho $PATH"
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "/opt/meddam/bin:/usr/bin:/bin\n"
+
+
 def test_without_a_network_the_image_is_carried_whole() -> None:
     page = (ROOT / "cluster/airgapped/README.md").read_text()
     (archive,) = re.findall(r"docker save -o (\S+)", page)
