@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("meddam_core", "qa_library", "ray_jobs")
@@ -64,6 +65,24 @@ def test_every_base_gets_what_ray_up_and_the_probes_call(tmp_path: Path, has_pyt
     (installed,) = (line.split() for line in calls.read_text().splitlines() if "apt-get install" in line)
     assert {"rsync", "openssh-client", "wget", "ca-certificates"} <= set(installed)
     assert ("python3.12-venv" in installed) == (not has_python)
+
+
+def test_a_submitted_job_uploads_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import _zip_files
+
+    source, archive = tmp_path / "checkout", tmp_path / "uploaded.zip"
+    listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = {name for name in listed.stdout.split("\n") if name.endswith((".py", ".yaml", ".txt"))}
+    beside = {"ray_token", "secret", "secret.txt", "crosswalk.csv", "meddam.sif", "meddam.tar", "wheels/torch.whl"}
+    for name in code | beside:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("x")
+    excludes = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
+    _zip_files(str(source), excludes, str(archive), include_gitignore=False)
+    uploaded = {name for name in zipfile.ZipFile(archive).namelist() if not name.endswith("/")}
+    assert "ray_jobs/crosswalk.py" in uploaded and uploaded == code
+    ignored = subprocess.run(["git", "check-ignore", *beside], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(ignored.stdout.split()) == beside, "and git does not take it either"
 
 
 def test_a_login_shell_finds_what_is_installed(tmp_path: Path) -> None:
