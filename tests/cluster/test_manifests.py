@@ -154,7 +154,9 @@ def test_ray_up_takes_the_cluster() -> None:
     started = " ".join(config["head_start_ray_commands"])
     assert "RAY_AUTH_MODE=token" in started and "--dashboard-host=127.0.0.1" in started
     region, image = config["provider"]["region"], config["docker"]["image"]
-    assert f"-e AWS_DEFAULT_REGION={region}" in config["docker"]["run_options"], "the only variable that boto3 reads"
+    options = " ".join(config["docker"]["run_options"])
+    assert f"-e AWS_DEFAULT_REGION={region}" in options
+    assert "--cap-drop=ALL" in options and "--security-opt=no-new-privileges" in options
     login = next(c for c in config["initialization_commands"] if "docker login" in c)
     assert login.endswith(" " + image.partition("/")[0]) and f"--region {region}" in login
     assert re.fullmatch(r"\S+:\d+\.\d+\.\d+-cuda", image)
