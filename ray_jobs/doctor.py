@@ -114,11 +114,10 @@ def _speed(place: str) -> list[Finding]:
 
 def _conditions(place: str) -> list[Finding]:
     """Whether If-None-Match is honoured, how objects are encrypted, and how far the clocks are apart."""
-    import boto3
     from botocore.exceptions import ClientError
 
     bucket, _, key = place.removeprefix("s3://").partition("/")
-    client = boto3.client("s3", endpoint_url=storage.s3_endpoint())
+    client = storage.s3_client()
     answer = client.head_object(Bucket=bucket, Key=key)
     try:
         client.put_object(Bucket=bucket, Key=key, Body=b"", IfNoneMatch="*")
