@@ -212,6 +212,12 @@ def test_ray_up_opens_nothing_and_starts_the_gpus_that_a_run_waits_for(
         assert [r["CidrIp"] for rule in rules for r in rule["IpRanges"]] == ["203.0.113.0/24"]
     workers = config["available_node_types"]["gpu_spot"]
     assert workers["min_workers"] == 0, "nodes without work end"
+    for name, node in (("head", config["available_node_types"]["head"]), ("worker", workers)):
+        memory = boto3.client("ec2", region_name="eu-central-1").describe_instance_types(
+            InstanceTypes=[node["node_config"]["InstanceType"]]
+        )["InstanceTypes"][0]["MemoryInfo"]["SizeInMiB"]
+        (shared,) = re.findall(r"--shm-size=(\d+)gb", " ".join(config["docker"][f"{name}_run_options"]))
+        assert 0.3 * memory <= int(shared) * 1024 < 0.5 * memory, name
     gpus = workers["resources"]["GPU"] * workers["max_workers"]
     for page in (CLUSTER / "aws/cluster.yaml", ROOT / "docs/cluster.md"):
         waited = re.findall(r"ray_jobs\.\w+ [^\n]*s3://BUCKET/\S+[^\n]* --wait-for-gpus (\d+)", page.read_text())
