@@ -228,13 +228,12 @@ def appearing_whole(uri: str) -> Iterator[str]:
         finally:
             beside.unlink(missing_ok=True)
         return
-    import boto3  # its transfer gives a broken multipart upload up, where pyarrow's stream would complete it
-
+    # boto3's transfer gives a broken multipart upload up, where pyarrow's stream would complete it
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     with tempfile.TemporaryDirectory(prefix="meddam-shard-") as folder:
         local = os.path.join(folder, "shard.parquet")  # noqa: PTH118
         yield local
-        boto3.client("s3", endpoint_url=storage.s3_endpoint()).upload_file(local, bucket, key)
+        storage.s3_client().upload_file(local, bucket, key)
 
 
 def _tables(uri: str, file: pq.ParquetFile, batch_rows: int, columns: list[str] | None) -> Iterator[pa.Table]:

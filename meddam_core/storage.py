@@ -50,6 +50,18 @@ def s3_endpoint() -> str | None:
     return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or None
 
 
+def s3_region() -> str | None:
+    """The region that the environment names; boto3 by itself reads the second of the two variables only."""
+    return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
+
+
+def s3_client() -> Any:
+    """boto3's client for the same endpoint and region that pyarrow is given here."""
+    import boto3
+
+    return boto3.client("s3", endpoint_url=s3_endpoint(), region_name=s3_region())
+
+
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
     """The pyarrow filesystem of a URI and the path within it.
 
@@ -67,8 +79,7 @@ def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
 
 
 def _s3_filesystem() -> pafs.S3FileSystem:
-    endpoint = s3_endpoint()
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    endpoint, region = s3_endpoint(), s3_region()
     settings: dict[str, Any] = {
         "retry_strategy": pafs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS),
         "tls_ca_file_path": os.environ.get("AWS_CA_BUNDLE") or None,
@@ -123,12 +134,11 @@ def age_s(uri: str) -> float:
     """
     if not is_s3(uri):
         return max(0.0, time.time() - Path(open_uri(uri)[1]).stat().st_mtime)
-    import boto3
     from botocore.exceptions import ClientError
 
     bucket, _, key = uri.removeprefix("s3://").partition("/")
     try:
-        answer = boto3.client("s3", endpoint_url=s3_endpoint()).head_object(Bucket=bucket, Key=key)
+        answer = s3_client().head_object(Bucket=bucket, Key=key)
     except ClientError as error:
         if error.response["Error"]["Code"] in ("404", "NoSuchKey"):
             raise FileNotFoundError(uri) from error
@@ -176,11 +186,10 @@ def list_objects(uri: str, suffix: str = "") -> list[ObjectInfo]:
             ObjectInfo(uri=info.path, size=info.size, etag=f"{info.size}-{info.mtime_ns}")
             for info in list_files(uri, suffix, recursive=True)
         ]
-    import boto3
     from botocore.exceptions import BotoCoreError, ClientError
 
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    pages = boto3.client("s3", endpoint_url=s3_endpoint()).get_paginator("list_objects_v2")
+    pages = s3_client().get_paginator("list_objects_v2")
     try:
         found = [o for page in pages.paginate(Bucket=bucket, Prefix=prefix) for o in page.get("Contents", [])]
     except (BotoCoreError, ClientError) as error:

@@ -1,11 +1,12 @@
 """What a run will cost, before it is begun: `meddam plan SHARDS --gpus 8 --gpu h100 --like RUN`.
 
-    meddam plan s3://bucket/set --gpus 8 --gpu a10g --like s3://bucket/runs/trial
+    meddam plan s3://bucket/set --gpus 32 --gpu l4-spot --like s3://bucket/runs/trial --startup-minutes 15
     meddam plan s3://bucket/set --gpus 8 --captions-per-s 2.5 --prices ours.yaml --json
 
 Counts are exact: from the shards' footers. Rates are measured: --like reads them from a published run (a trial of a few
 hundred images on one GPU of the kind), --captions-per-s takes a figure of `meddam caption --dry-run` or of
-benchmarks/LOG.md. Without one of the two there is no plan. Prices come from a table that you can replace.
+benchmarks/LOG.md. Without one of the two there is no plan. Prices come from a table that you can replace. What is
+neither counted nor priced is named at the end.
 """
 
 from __future__ import annotations
@@ -51,6 +52,8 @@ class Config(BaseModel):
     """Judge, as the price table names it; by default none."""
     questions_per_region: int = Field(8, ge=1)
     """Questions a region that the judge is asked about each caption."""
+    startup_minutes: float | None = Field(None, ge=0)
+    """Minutes that GPUs are paid before the first caption: nodes start, weights are loaded. By default left out."""
     months: float = Field(12, ge=0)
     """How long captions are kept."""
     prices: Path = PRICES
@@ -79,6 +82,8 @@ class Plan(BaseModel):
     gpu_hours: float
     seconds: float
     """From the first caption to the last."""
+    startup_gpu_hours: float = 0.0
+    """Of GPUs that are there and have nothing to do yet."""
     tokens_per_caption: float | None
     caption_gb: float | None
     """Storage of parts and published captions."""
@@ -87,10 +92,14 @@ class Plan(BaseModel):
     judge_million_tokens: float = 0.0
     currency: str
     cost_gpus: float | None
+    """While they caption."""
+    cost_startup: float | None = 0.0
     cost_storage: float | None
     cost_judge: float | None
     assumed: list[str]
     """What was neither counted nor measured."""
+    left_out: list[str]
+    """What a bill has besides."""
 
     @property
     def exit_code(self) -> int:
@@ -100,7 +109,7 @@ class Plan(BaseModel):
     @property
     def cost(self) -> float:
         """Of all lines that have a price."""
-        return sum(c for c in (self.cost_gpus, self.cost_storage, self.cost_judge) if c is not None)
+        return sum(c for c in (self.cost_gpus, self.cost_startup, self.cost_storage, self.cost_judge) if c is not None)
 
     def lines(self) -> list[str]:
         """For a person."""
@@ -110,6 +119,9 @@ class Plan(BaseModel):
             + self._money(self.cost_gpus),
             f"  {duration(self.seconds):>12}  from the first caption to the last",
         ]
+        if self.startup_gpu_hours:
+            cost = self._money(self.cost_startup)
+            text.append(f"  {self.startup_gpu_hours:>12,.2f}  GPU hours before the first caption  {cost}")
         if self.caption_gb is not None:
             text.append(f"  {self.caption_gb:>12,.3f}  GB of captions, kept  {self._money(self.cost_storage)}")
         text.append(f"  {self.shards_gb:>12,.3f}  GB of image shards, there already")
@@ -119,7 +131,8 @@ class Plan(BaseModel):
                 + self._money(self.cost_judge)
             )
         text.append(f"  {self.cost:>12,.2f}  {self.currency} in all, of what has a price")
-        return [*text, *(f"  assumed: {line}" for line in self.assumed)]
+        text += [f"  assumed: {line}" for line in self.assumed]
+        return [*text, f"  not in it: {', '.join(self.left_out)}"]
 
     def _money(self, cost: float | None) -> str:
         return "(no price in the table)" if cost is None else f"{cost:,.2f} {self.currency}"
@@ -139,6 +152,7 @@ def run(cfg: Config) -> Plan:
     tokens = measured["tokens"]
     calls = num_captions * cfg.questions_per_region if cfg.judge else 0
     inputs, outputs = calls * (JUDGE_PROMPT_TOKENS + (tokens or 0)) / 1e6, calls * JUDGE_ANSWER_TOKENS / 1e6
+    startup = cfg.gpus * (cfg.startup_minutes or 0) / 60
     hour, month = table["gpu_hour"].get(cfg.gpu), table.get("storage_gb_month")
     prices = table["judge_million_tokens"].get(cfg.judge) if cfg.judge else None
     return Plan(
@@ -147,9 +161,10 @@ def run(cfg: Config) -> Plan:
         tokens_per_caption=tokens, caption_gb=caption_gb, shards_gb=sum(s.size for s in shards) / 1e9,
         judge_calls=calls, judge_million_tokens=inputs + outputs, currency=table["currency"],
         cost_gpus=None if hour is None else gpu_hours * hour,
+        startup_gpu_hours=startup, cost_startup=None if hour is None else startup * hour,
         cost_storage=None if month is None or caption_gb is None else caption_gb * month * cfg.months,
         cost_judge=None if prices is None else inputs * prices["input"] + outputs * prices["output"],
-        assumed=_assumed(cfg, measured),
+        assumed=_assumed(cfg, measured), left_out=_left_out(cfg),
     )  # fmt: skip
 
 
@@ -183,6 +198,11 @@ def _assumed(cfg: Config, measured: dict[str, Any]) -> list[str]:
     if cfg.gpus > 1:
         said.append(f"{cfg.gpus} GPUs are {cfg.gpus} times as fast as one: CPUs and the bucket can feed them")
     return said
+
+
+def _left_out(cfg: Config) -> list[str]:
+    always = ["the head", "requests and traffic of the bucket", "work done twice where nodes are taken away", "taxes"]
+    return always if cfg.startup_minutes is not None else ["starting nodes and loading (--startup-minutes)", *always]
 
 
 def _table(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The way back from keyed hashes to patients and studies, in one file that its user keeps: `--crosswalk FILE`.
 
-    meddam ingest manifest list.jsonl --out s3://bucket/films --secret-file secret --crosswalk /secure/crosswalk.csv
+    meddam ingest manifest list.csv --out s3://lab/films --secret-file ~/.meddam/secret --crosswalk /safe/crosswalk.csv
 
 Written by the process that is started, on its machine, after the ingest; for a dataset that is complete already the
 same command writes the crosswalk alone. Ids never pass through the cluster: the source is listed once more here, and of

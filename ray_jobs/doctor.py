@@ -39,6 +39,8 @@ class Config(BaseModel):
     """DAM checkpoint folder: is it on each node?"""
     wait_s: float = Field(60.0, gt=0)
     """How long a node of the cluster may take to answer."""
+    wait_for_gpus: int | None = Field(None, ge=1)
+    """Begin when the cluster has so many GPUs, and ask its autoscaler for them: only nodes that are there are seen."""
 
 
 class Report(BaseModel):
@@ -112,11 +114,10 @@ def _speed(place: str) -> list[Finding]:
 
 def _conditions(place: str) -> list[Finding]:
     """Whether If-None-Match is honoured, how objects are encrypted, and how far the clocks are apart."""
-    import boto3
     from botocore.exceptions import ClientError
 
     bucket, _, key = place.removeprefix("s3://").partition("/")
-    client = boto3.client("s3", endpoint_url=storage.s3_endpoint())
+    client = storage.s3_client()
     answer = client.head_object(Bucket=bucket, Key=key)
     try:
         client.put_object(Bucket=bucket, Key=key, Body=b"", IfNoneMatch="*")
@@ -170,9 +171,10 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    from ray_jobs.session import session
+    from ray_jobs.session import session, wait_for_gpus
 
     with session():
+        wait_for_gpus(cfg.wait_for_gpus)
         alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
         probe = ray.remote(node_facts)
         asked = []

@@ -25,10 +25,12 @@ from pydantic import BaseModel, ConfigDict
 State = Literal["ok", "warning", "problem"]
 
 PACKAGES = ("meddam", "ray", "torch", "transformers", "pyarrow", "pydicom", "numpy", "deepspeed", "deepspeed-mii")
+OF_GPU_NODES = ("deepspeed", "deepspeed-mii")
+"""Packages that the image for CPUs does not hold."""
 MIN_OPEN_FILES = 8192
 MIN_DISK_GB = 20.0
 MIN_SHM_SHARE = 0.2
-"""Of the memory: less shared memory, and Ray's object store is a file on a disk."""
+"""Of the memory that the node may use: less shared memory, and Ray's object store is a file on a disk."""
 MAX_SKEW_S = 60.0
 """S3 refuses requests from clocks that are a quarter of an hour off; leases and logs suffer before."""
 MIN_CAPABILITY = (8, 0)
@@ -48,13 +50,12 @@ class Finding(BaseModel):
 
 def node_facts(model: str | None = None, sent_s: float | None = None) -> dict[str, Any]:
     """What this machine is. `sent_s` is the asker's clock when it asked."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     return {
         "node": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpus": os.cpu_count() or 1,
-        "memory_gb": round(memory, 1),
+        "memory_gb": round(memory_bytes() / 1e9, 1),
         "shm_gb": round(shutil.disk_usage("/dev/shm").total / 1e9, 1) if Path("/dev/shm").is_dir() else 0.0,
         "disk_gb": round(shutil.disk_usage(tempfile.gettempdir()).free / 1e9, 1),
         "spill_device": _device(tempfile.gettempdir()),
@@ -94,14 +95,46 @@ def judged(facts: dict[str, Any]) -> list[Finding]:
 
 
 def together(nodes: Sequence[dict[str, Any]]) -> list[Finding]:
-    """What nodes must have in common: the same versions of everything that rows and pickles pass through."""
+    """What nodes must have in common: the same versions of everything that rows and pickles pass through.
+
+    A head may have the image for CPUs and workers the one for CUDA: builds (2.13.0+cpu) may differ, and kernels concern
+    nodes with GPUs alone.
+    """
     found = []
     for name in ("python", *PACKAGES):
-        values = {n["python"] if name == "python" else n["versions"][name] for n in nodes}
+        asked = [n for n in nodes if n["gpus"]] if name in OF_GPU_NODES else nodes
+        values = {_release(n["python"] if name == "python" else n["versions"][name]) for n in asked}
         if len(values) > 1:
             said = ", ".join(sorted(str(v) for v in values))
             found.append(_bad(f"{name} of the nodes", said, "give all nodes the same image (cluster/Dockerfile)"))
     return found or [Finding(about="versions", state="ok", said=f"the same on {len(nodes)} node(s)")]
+
+
+def _release(version: str | None) -> str | None:
+    """A version without its build."""
+    return None if version is None else version.partition("+")[0]
+
+
+def memory_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
+    """What this process may use: the machine's memory, or less where a container or a job has a limit.
+
+    Args:
+        root: where control groups are mounted, of version 2 or 1.
+        own: the file that names this process's groups.
+    """
+    most = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    for line in own.read_text().splitlines() if own.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        if controllers not in ("", "memory"):
+            continue
+        top, name = (root, "memory.max") if not controllers else (root / "memory", "memory.limit_in_bytes")
+        here = top / path.lstrip("/")
+        for folder in (here, *here.parents):  # a limit of a group holds for those in it
+            text = (folder / name).read_text().strip() if (folder / name).is_file() else "max"
+            most = min(most, int(text) if text.isdigit() else most)
+            if folder == top:
+                break
+    return most
 
 
 def _python(text: str) -> Finding:

@@ -110,9 +110,7 @@ class _S3Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def acquire(self) -> None:
-        import boto3
-
-        self._client = boto3.client("s3", endpoint_url=storage.s3_endpoint())
+        self._client = storage.s3_client()
         etag = self._put(IfNoneMatch="*")
         if etag is None:
             etag = self._take_over()

@@ -117,6 +117,13 @@ def test_every_reason_status_and_exit_code_is_explained() -> None:
     assert [c for c in codes if not re.search(rf"^\| {c} \|", runs, re.MULTILINE)] == []
 
 
+def test_who_types_what_the_readme_says_has_the_commands_on_the_path() -> None:
+    typed = [line for block in blocks(ROOT / "README.md", "") for line in block.splitlines()]
+    (activated,) = (n for n, line in enumerate(typed) if line.startswith(". .venv/bin/activate"))
+    assert activated < min(n for n, line in enumerate(typed) if line.startswith(("meddam ", "ray ")))
+    assert "VENV ?= .venv\n" in (ROOT / "Makefile").read_text()
+
+
 def test_the_picture_is_small_enough_to_load() -> None:
     assert (ROOT / "docs/img/report.jpg").stat().st_size < 400_000
 

@@ -17,6 +17,7 @@ import pytest
 
 from meddam_core import storage
 from meddam_core.shards import read_shard
+from ray_jobs import withdraw
 from ray_jobs.audit import audit
 from ray_jobs.doctor import bucket_findings
 from ray_jobs.lease import Lease
@@ -159,6 +160,88 @@ def allowed(policy: dict[str, Any], right: str, resource: str, prefix: str | Non
     return False
 
 
+KEY_ID, ENCRYPTION = "s3:x-amz-server-side-encryption-aws-kms-key-id", "s3:x-amz-server-side-encryption"
+
+
+def denied(policy: dict[str, Any], right: str, context: dict[str, str]) -> list[str]:
+    """Statements that refuse a request, by AWS's rules: a condition's parts are joined by "and", and what is compared
+    with a fact that the request does not have is unequal to it, with IfExists or without.
+    """
+    tests = {
+        "Null": lambda name, value: (name not in context) == (value == "true"),
+        "Bool": lambda name, value: context.get(name) == value,
+        "StringNotEquals": lambda name, value: context.get(name) != value,
+        "StringNotEqualsIfExists": lambda name, value: context.get(name) != value,
+    }
+    return [
+        s["Sid"] for s in policy["Statement"]
+        if s["Effect"] == "Deny" and (s["Action"] == "s3:*" or right in s["Action"])
+        and all(tests[how](n, v) for how, part in s["Condition"].items() for n, v in part.items())
+    ]  # fmt: skip
+
+
+def test_a_bucket_takes_what_names_no_key_or_its_own_and_nothing_else() -> None:
+    policy = json.loads((AWS / "bucket-policy.json").read_text())
+    rules = json.loads((AWS / "bucket-encryption.json").read_text())["Rules"][0]["ApplyServerSideEncryptionByDefault"]
+    ours = rules["KMSMasterKeyID"]
+    (inside,) = (s for s in policy["Statement"] if s["Sid"] == "OnlyFromInside")
+    endpoint = {"aws:SourceVpce": inside["Condition"]["StringNotEquals"]["aws:SourceVpce"]}
+    usual = endpoint | {"aws:SecureTransport": "true"}
+    named = {ENCRYPTION: "aws:kms", KEY_ID: ours}
+    for sent, refused in (
+        ({}, []), (named, []), ({ENCRYPTION: "AES256"}, ["NoEncryptionWithoutOurKey"]),
+        ({ENCRYPTION: "aws:kms"}, ["NoEncryptionWithoutOurKey"]), (named | {KEY_ID: ours[:-1] + "1"}, ["NoOtherKey"]),
+        ({"s3:x-amz-server-side-encryption-customer-algorithm": "AES256"}, ["NoKeyOfTheSender"]),
+    ):  # fmt: skip
+        assert denied(policy, "s3:PutObject", usual | sent) == refused, sent
+    assert denied(policy, "s3:PutObject", usual | {"aws:SecureTransport": "false"}) == ["OnlyOverTls"]
+    for right in ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"):
+        assert denied(policy, right, {"aws:SecureTransport": "true"}) == ["OnlyFromInside"]
+    assert denied(policy, "s3:ListBucket", {"aws:SecureTransport": "true"}) == []
+
+
+def test_our_writers_name_no_key(s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So a policy that asks for one in each request would refuse every run."""
+    key, _ = encrypted(s3_bucket)
+    assert key
+    with faulty(s3_endpoint, Faults()) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        storage.write_bytes(f"{s3_bucket}/runs/a", b"through arrow")
+        make_shards(f"{s3_bucket}/set", 1, 3)
+        with Lease(f"{s3_bucket}/runs/one"):
+            pass
+        sent = set(server.headers)
+    assert sent and not any(name.startswith("x-amz-server-side-encryption") for name in sent)
+
+
+def refusals(policy: str, bucket: str, asked: dict[tuple[str, str], int]) -> list[tuple[str, str, str | None]]:
+    """Requests that a role with one of the shipped policies may not make."""
+    rules = json.loads((AWS / f"{policy}.json").read_text().replace("BUCKET", bucket))
+    used = {action(method, path) for method, path in asked}
+    return [
+        (right, name, prefix) for right, name, prefix in sorted(used, key=str)
+        if not allowed(rules, right, f"arn:aws:s3:::{bucket}" + (f"/{name}" if name else ""), prefix)
+    ]  # fmt: skip
+
+
+def test_who_writes_and_withdraws_datasets_has_rights_for_that(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_bucket.removeprefix("s3://")
+    with faulty(s3_endpoint, Faults()) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        shards = make_shards(f"{s3_bucket}/set/one", 2, 6)  # what an ingest writes,
+        storage.check_writable(shards)
+        storage.write_bytes(f"{shards}/_work/salt", b"1")
+        filesystem, work = storage.open_uri(f"{shards}/_work")
+        filesystem.delete_dir(work)  # and clears away
+        image = next(iter(read_shard(storage.list_objects(f"{shards}/")[0].uri)))
+        found = withdraw.run(withdraw.Config(places=(shards,), patient_key=image.patient_key))
+        asked = dict(server.asked)
+    assert found.num_images and refusals("data-policy", bucket, asked) == []
+    assert {right for right, *_ in refusals("role-policy", bucket, asked)} == {"s3:DeleteObject", "s3:PutObject"}
+
+
 @pytest.mark.slow
 def test_a_run_needs_the_rights_that_are_shipped_and_no_others(
     s3_bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -176,11 +259,7 @@ def test_a_run_needs_the_rights_that_are_shipped_and_no_others(
     bucket = s3_bucket.removeprefix("s3://")
     policy = json.loads((AWS / "role-policy.json").read_text().replace("BUCKET", bucket))
     used = {action(method, path) for method, path in asked}
-    refused = [
-        (right, name, prefix) for right, name, prefix in sorted(used, key=str)
-        if not allowed(policy, right, f"arn:aws:s3:::{bucket}" + (f"/{name}" if name else ""), prefix)
-    ]  # fmt: skip
-    assert refused == []
+    assert refusals("role-policy", bucket, asked) == []
     granted = {a for s in policy["Statement"] for a in s["Action"] if a.startswith("s3:")}
     assert granted - {right for right, _, _ in used} <= ONLY_WHEN_SOMETHING_FAILS, "a right that no run uses"
     written = {n: o for n, o in answers(s3_bucket).items() if n.startswith("runs/")}

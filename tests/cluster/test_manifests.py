@@ -8,6 +8,7 @@ is found; a new one is added to it from the CRD. kubernetes_kinds.json holds the
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -21,6 +22,7 @@ import typer
 import yaml
 
 from ray_jobs import cli
+from tests.conftest import s3_environment
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
@@ -151,19 +153,145 @@ def test_ray_up_takes_the_cluster() -> None:
         assert all(d["Ebs"]["Encrypted"] for d in node["node_config"]["BlockDeviceMappings"])
     started = " ".join(config["head_start_ray_commands"])
     assert "RAY_AUTH_MODE=token" in started and "--dashboard-host=127.0.0.1" in started
-    assert [p["FromPort"] for p in config["provider"]["security_group"]["IpPermissions"]] == [22]
+    region, image = config["provider"]["region"], config["docker"]["image"]
+    options = " ".join(config["docker"]["run_options"])
+    assert f"-e AWS_DEFAULT_REGION={region}" in options
+    assert "--cap-drop=ALL" in options and "--security-opt=no-new-privileges" in options
+    login = next(c for c in config["initialization_commands"] if "docker login" in c)
+    assert login.endswith(" " + image.partition("/")[0]) and f"--region {region}" in login
+    assert re.fullmatch(r"\S+:\d+\.\d+\.\d+-cuda", image)
+    assert not config["setup_commands"] and not config["head_setup_commands"], "Ray's defaults install with pip"
+    (token,) = config["file_mounts"].values()
+    assert token.startswith("~/"), "not in the checkout, which every job uploads"
 
 
-@pytest.mark.parametrize("name", ["role-policy", "bucket-policy"])
-def test_policies_name_only_what_is_needed(name: str) -> None:
-    policy = json.loads((CLUSTER / f"aws/{name}.json").read_text())
+@pytest.fixture
+def on_aws(s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> tuple[dict[str, Any], list[str]]:
+    """(cluster.yaml with the ids of an account on loopback, rights that requests from here on ask for)."""
+    import boto3
+    import botocore.client
+    from ray.autoscaler._private.util import prepare_config
+
+    for name, value in s3_environment(s3_endpoint).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HOME", str(tmp_path))  # Ray writes the key pair's file
+    text = (CLUSTER / "aws/cluster.yaml").read_text()
+    ec2, iam = (boto3.client(name, region_name="eu-central-1") for name in ("ec2", "iam"))
+    (vpc,) = ec2.describe_vpcs()["Vpcs"]
+    group = ec2.create_security_group(GroupName=f"g{tmp_path.name}", Description="ours", VpcId=vpc["VpcId"])["GroupId"]
+    ours = {"IpProtocol": "tcp", "FromPort": 22, "ToPort": 22, "IpRanges": [{"CidrIp": "203.0.113.0/24"}]}
+    ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[ours])
+    for profile in ("meddam", "meddam-worker"):
+        with contextlib.suppress(iam.exceptions.EntityAlreadyExistsException):
+            iam.create_instance_profile(InstanceProfileName=profile)
+    text = text.replace("ami-00000000000000000", ec2.describe_images()["Images"][0]["ImageId"])
+    asked: list[str] = []
+    call = botocore.client.BaseClient._make_api_call
+
+    def noted(self: Any, operation: str, arguments: dict[str, Any]) -> Any:
+        asked.append(f"{self.meta.service_model.service_name}:{operation}")
+        return call(self, operation, arguments)
+
+    monkeypatch.setattr(botocore.client.BaseClient, "_make_api_call", noted)
+    return prepare_config(yaml.safe_load(text.replace("sg-00000000000000000", group))), asked
+
+
+@pytest.mark.s3
+def test_ray_up_opens_nothing_and_starts_the_gpus_that_a_run_waits_for(
+    on_aws: tuple[dict[str, Any], list[str]],
+) -> None:
+    import boto3
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+
+    config, asked = on_aws
+    config = AWSNodeProvider.bootstrap_config(AWSNodeProvider.fillout_available_node_types_resources(config))
+    assert "ec2:AuthorizeSecurityGroupIngress" not in asked, "Ray's own rule lets the world in"
+    for node in config["available_node_types"].values():
+        (group,) = node["node_config"]["SecurityGroupIds"]
+        rules = boto3.resource("ec2", region_name="eu-central-1").SecurityGroup(group).ip_permissions
+        assert [r["CidrIp"] for rule in rules for r in rule["IpRanges"]] == ["203.0.113.0/24"]
+    workers = config["available_node_types"]["gpu_spot"]
+    assert workers["min_workers"] == 0, "nodes without work end"
+    for name, node in (("head", config["available_node_types"]["head"]), ("worker", workers)):
+        memory = boto3.client("ec2", region_name="eu-central-1").describe_instance_types(
+            InstanceTypes=[node["node_config"]["InstanceType"]]
+        )["InstanceTypes"][0]["MemoryInfo"]["SizeInMiB"]
+        (shared,) = re.findall(r"--shm-size=(\d+)gb", " ".join(config["docker"][f"{name}_run_options"]))
+        assert 0.3 * memory <= int(shared) * 1024 < 0.5 * memory, name
+    gpus = workers["resources"]["GPU"] * workers["max_workers"]
+    for page in (CLUSTER / "aws/cluster.yaml", ROOT / "docs/cluster.md"):
+        waited = re.findall(r"ray_jobs\.\w+ [^\n]*s3://BUCKET/\S+[^\n]* --wait-for-gpus (\d+)", page.read_text())
+        assert waited and set(waited) == {str(gpus)}, page.name
+
+
+@pytest.mark.s3
+def test_the_head_has_the_rights_that_its_autoscaler_uses_and_no_others(
+    on_aws: tuple[dict[str, Any], list[str]],
+) -> None:
+    from ray.autoscaler._private.aws.node_provider import AWSNodeProvider
+    from ray.autoscaler.tags import TAG_RAY_LAUNCH_CONFIG, TAG_RAY_NODE_KIND, TAG_RAY_NODE_NAME, TAG_RAY_NODE_STATUS
+
+    config = AWSNodeProvider.bootstrap_config(on_aws[0])
+    asked = on_aws[1]
+    asked.clear()
+    provider = AWSNodeProvider(config["provider"], config["cluster_name"])
+    tags = {TAG_RAY_NODE_KIND: "worker", TAG_RAY_LAUNCH_CONFIG: "a", TAG_RAY_NODE_NAME: "b", TAG_RAY_NODE_STATUS: "c"}
+    worker = config["available_node_types"]["gpu_spot"]["node_config"]
+    provider.create_node(json.loads(json.dumps(worker)), tags, 1)
+    (node,) = provider.non_terminated_nodes({})
+    provider.set_node_tags(node, {TAG_RAY_NODE_STATUS: "d"})
+    assert provider.internal_ip(node)
+    provider.terminate_nodes([node])
+    policy = json.loads((CLUSTER / "aws/head-policy.json").read_text())
+    granted = {action: s for s in policy["Statement"] for action in s["Action"]}
+    assert set(granted) == {*asked, "iam:PassRole"}, "a role is passed with RunInstances"
+    assert granted["iam:PassRole"]["Resource"].endswith(":role/" + worker["IamInstanceProfile"]["Name"])
+    own = granted["ec2:TerminateInstances"]["Condition"]["StringEquals"]
+    assert own == {"aws:ResourceTag/ray-cluster-name": config["cluster_name"]}
+
+
+WITHOUT_RESOURCES = {"ec2:DescribeInstances", "ec2:RunInstances", "ecr:GetAuthorizationToken"}
+"""Rights that AWS gives for no single resource, or that would name a dozen kinds."""
+
+
+@pytest.mark.parametrize(
+    ("name", "writable"),
+    [("role", ["runs/*"]), ("data", ["set/*", "runs/*"]), ("bucket", []), ("head", []), ("pull", [])],
+)
+def test_policies_name_only_what_is_needed(name: str, writable: list[str]) -> None:
+    policy = json.loads((CLUSTER / f"aws/{name}-policy.json").read_text())
     assert policy["Version"] == "2012-10-17"
     allowed = [s for s in policy["Statement"] if s["Effect"] == "Allow"]
     assert not any("*" in action for s in allowed for action in s["Action"])
-    assert not any(s["Resource"] in ("*", "arn:aws:s3:::*") for s in allowed)
-    if name == "role-policy":
-        writes = [s for s in allowed if "s3:PutObject" in s["Action"]]
-        assert [s["Resource"] for s in writes] == ["arn:aws:s3:::BUCKET/runs/*"]
+    wide = [s for s in allowed if s["Resource"] in ("*", "arn:aws:s3:::*")]
+    assert all(set(s["Action"]) <= WITHOUT_RESOURCES for s in wide)
+    writes = [s["Resource"] for s in allowed if "s3:PutObject" in s["Action"]]
+    resources = [r for some in writes for r in ([some] if isinstance(some, str) else some)]
+    assert resources == [f"arn:aws:s3:::BUCKET/{prefix}" for prefix in writable]
+
+
+def test_the_documentations_aws_commands_exist() -> None:
+    """Services, operations, options and files, by the models that the AWS CLI is made from."""
+    import botocore.session
+    from botocore import xform_name
+
+    session = botocore.session.get_session()
+    own = {("s3", "sync"), ("ecr", "get-login-password")}  # made by hand, in the CLI alone
+    flat = {("ec2", "authorize-security-group-ingress"): {"protocol", "port", "cidr", "source-group"}}
+    page = (ROOT / "docs/cluster.md").read_text().replace("\\\n", " ")
+    lines = [shlex.split(m, comments=True) for m in re.findall(r"^ *(aws .*)$", page, re.MULTILINE)]
+    assert len(lines) > 10
+    for _, service, operation, *rest in lines:
+        options = {w.removeprefix("--") for w in rest if w.startswith("--")}
+        if (service, operation) in own:
+            assert options <= {"region", "username", "password-stdin"}
+            continue
+        model = session.get_service_model(service.removesuffix("api"))  # s3api
+        (found,) = [n for n in model.operation_names if xform_name(n, "-") == operation]
+        known = {xform_name(n, "-") for n in model.operation_model(found).input_shape.members}
+        assert options <= known | flat.get((service, operation), set()) | {"region", "query", "output"}, operation
+        for file in (w.removeprefix("file://") for w in rest if w.startswith("file://")):
+            json.loads((ROOT / file).read_text())
 
 
 def test_scripts_parse() -> None:

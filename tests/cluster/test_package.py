@@ -13,6 +13,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("meddam_core", "qa_library", "ray_jobs")
@@ -43,7 +44,63 @@ def test_pip_installs_by_pins_alone() -> None:
         assert "-c constraints.txt" in command or re.search(r"\$\(grep '\^\S+==' constraints.txt\)", command), command
     for name in ("torch", "ray", "deepspeed-mii", "transformers", "pyarrow"):
         assert name in PINS
-    assert not any(word in DOCKERFILE for word in (":latest", "curl ", "wget ")), "nothing unversioned is fetched"
+    assert ":latest" not in DOCKERFILE
+    assert not any("://" in step for step in steps("RUN")), "nothing is fetched past pip and apt"
+
+
+@pytest.mark.parametrize("has_python", [True, False], ids=["slim", "cuda"])
+def test_every_base_gets_what_ray_up_and_the_probes_call(tmp_path: Path, has_python: bool) -> None:
+    """The step runs here, with stand-ins for the commands that would change this machine."""
+    stand_ins = {"apt-get": 'echo apt-get "$@" >>"$CALLS"; case "$*" in *python3.12*) cp "$0" "$BIN/python3.12";; esac',
+                 "rm": ":"} | ({"python3.12": 'echo python "$@" >>"$CALLS"'} if has_python else {})  # fmt: skip
+    folder, calls = tmp_path / "bin", tmp_path / "calls"
+    folder.mkdir()
+    for name, body in stand_ins.items():
+        (folder / name).write_text(f"#!/bin/bash\n{body}\n")
+        (folder / name).chmod(0o755)
+    (folder / "cp").symlink_to(shutil.which("cp") or "")
+    env = {"PATH": str(folder), "CALLS": str(calls), "BIN": str(folder)}
+    bash = shutil.which("bash") or ""
+    subprocess.run([bash, "-ec", steps("RUN")[0]], env=env, check=True)
+    (installed,) = (line.split() for line in calls.read_text().splitlines() if "apt-get install" in line)
+    assert {"rsync", "openssh-client", "wget", "ca-certificates"} <= set(installed)
+    assert ("python3.12-venv" in installed) == (not has_python)
+
+
+def test_a_submitted_job_uploads_the_code_and_nothing_that_lies_beside_it(tmp_path: Path) -> None:
+    from ray._private.runtime_env.packaging import _zip_files
+
+    source, archive = tmp_path / "checkout", tmp_path / "uploaded.zip"
+    listed = subprocess.run(["git", "ls-files", *PACKAGES], cwd=ROOT, capture_output=True, text=True, check=True)
+    code = {name for name in listed.stdout.split("\n") if name.endswith((".py", ".yaml", ".txt"))}
+    beside = {"ray_token", "secret", "secret.txt", "crosswalk.csv", "meddam.sif", "meddam.tar", "wheels/torch.whl"}
+    for name in code | beside:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_text("x")
+    excludes = yaml.safe_load((ROOT / "runtime_env.yaml").read_text())["excludes"]
+    _zip_files(str(source), excludes, str(archive), include_gitignore=False)
+    uploaded = {name for name in zipfile.ZipFile(archive).namelist() if not name.endswith("/")}
+    assert "ray_jobs/crosswalk.py" in uploaded and uploaded == code
+    ignored = subprocess.run(["git", "check-ignore", *beside], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert set(ignored.stdout.split()) == beside, "and git does not take it either"
+
+
+def test_a_login_shell_finds_what_is_installed(tmp_path: Path) -> None:
+    (step,) = (step for step in steps("RUN") if "/etc/profile.d/" in step)
+    profile = tmp_path / "meddam.sh"
+    written = step.partition("&& echo ")[2].replace("/etc/profile.d/meddam.sh", str(profile))
+    script = f"echo {written}\nPATH=/usr/bin:/bin\n. {profile}\necho $PATH"
+    done = subprocess.run(["bash", "-ec", script], capture_output=True, text=True, check=True)
+    assert done.stdout == "/opt/meddam/bin:/usr/bin:/bin\n"
+
+
+def test_without_a_network_the_image_is_carried_whole() -> None:
+    page = (ROOT / "cluster/airgapped/README.md").read_text()
+    (archive,) = re.findall(r"docker save -o (\S+)", page)
+    for line in (f"docker load -i {archive}", f"apptainer build meddam.sif docker-archive://{archive}"):
+        assert line in page
+    assert f"docker-archive://{archive}" in (ROOT / "cluster/slurm/caption.sbatch").read_text()
+    assert "docker build" not in page, "apt-get and the base image want a network"
 
 
 @pytest.mark.slow

@@ -24,6 +24,59 @@ STAND_INS = {
 }
 
 
+COMMANDS = {
+    # what would run in the container: `ray start` stays, the driver ends as it is told to
+    "ray": 'env >"$CALLS.$1"; echo ray "$@" >>"$CALLS"; case "$*" in *--block*) exec sleep 60;; esac',
+    "python": 'echo python "$@" >>"$CALLS"; until grep -q "^ray start" "$CALLS"; do :; done; exit "${ENDS_WITH:-0}"',
+}
+
+
+def submitted(tmp_path: Path, **settings: str) -> tuple[int, str]:
+    """(exit code, calls) of the script where nothing is real; what it has set stands in files beside the calls."""
+    stand_ins = tmp_path / "bin"
+    stand_ins.mkdir(exist_ok=True)
+    for name, body in (STAND_INS | COMMANDS).items():
+        (stand_ins / name).write_text(f"#!/bin/bash\n{body}\n")
+        (stand_ins / name).chmod(0o755)
+    calls = tmp_path / "calls"
+    calls.unlink(missing_ok=True)
+    kept = {k: v for k, v in os.environ.items() if not k.startswith(("AWS_", "SLURM_", "RAY_", "CUDA_"))}
+    env = kept | {
+        "PATH": f"{stand_ins}:/usr/bin:/bin", "CALLS": str(calls), "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "thishost", "SLURM_CPUS_PER_TASK": "48", "SLURM_GPUS_ON_NODE": "4",
+        "MEDDAM_TOKEN_DIR": str(tmp_path),
+    } | settings  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(ROOT / "cluster/slurm/caption.sbatch"), "/data/set"], env=env, cwd=tmp_path, timeout=60,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    return done.returncode, calls.read_text()
+
+
+def test_each_step_has_its_cores_its_gpus_and_what_the_container_needs(tmp_path: Path) -> None:
+    passed = {"AWS_SESSION_TOKEN": "t", "AWS_ENDPOINT_URL_S3": "https://store", "AWS_DEFAULT_REGION": "r"}
+    code, said = submitted(
+        tmp_path, SLURM_TMPDIR="/scratch/7", AWS_CA_BUNDLE="/etc/ca.pem", CUDA_VISIBLE_DEVICES="2,3", **passed
+    )
+    assert code == 0
+    assert f"--bind /data,/scratch/7,{tmp_path},/etc/ca.pem meddam.sif ray start --head" in said
+    assert said.count("apptainer exec") == said.count(" --bind "), "each in the container"
+    started = (tmp_path / "calls.start").read_text()
+    for name, value in (passed | {"CUDA_VISIBLE_DEVICES": "2,3"}).items():
+        assert f"APPTAINERENV_{name}={value}\n" in started
+    assert "SRUN_CPUS_PER_TASK=48\n" in started and "--num-cpus=48" in said
+    assert "--wait-for-gpus 4" in said
+
+
+@pytest.mark.parametrize(
+    ("code", "restarts", "requeued"),
+    [(0, "0", False), (1, "0", True), (4, "2", True), (137, "2", True), (137, "3", False), (2, "0", False)],
+)
+def test_a_lost_driver_comes_back_three_times(tmp_path: Path, code: int, restarts: str, requeued: bool) -> None:
+    ended, said = submitted(tmp_path, ENDS_WITH=str(code), SLURM_RESTART_COUNT=restarts)
+    assert ended == code and ("requeued 7" in said) == requeued
+
+
 @pytest.mark.slow
 def test_a_run_under_slurm(tmp_path: Path) -> None:
     stand_ins = tmp_path / "bin"

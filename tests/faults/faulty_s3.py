@@ -49,6 +49,8 @@ class Server:
     given: Counter[str] = field(default_factory=Counter)
     asked: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Requests by method and path with query; one that deletes many keys counts as a DELETE of each."""
+    headers: set[str] = field(default_factory=set)
+    """Names of all headers that came with them, in small letters."""
 
 
 @contextlib.contextmanager
@@ -80,6 +82,7 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
         def pass_on(self) -> None:
             chunked = "chunked" in self.headers.get("Transfer-Encoding", "")
             body = _chunks(self.rfile) if chunked else self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            server.headers.update(name.lower() for name in self.headers)
             chosen = fate(_named(self.command, self.path, body))
             if chosen == "throttled":
                 return self.refuse(503, "SlowDown", "Please reduce your request rate.")

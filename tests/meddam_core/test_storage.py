@@ -111,3 +111,17 @@ def test_the_endpoint_for_s3_alone_wins(monkeypatch: pytest.MonkeyPatch) -> None
     assert storage.s3_endpoint() == "http://s3:2"
     monkeypatch.delenv("AWS_ENDPOINT_URL_S3")
     assert storage.s3_endpoint() == "http://all:1"
+
+
+@pytest.mark.parametrize("name", ["AWS_REGION", "AWS_DEFAULT_REGION"])
+def test_all_requests_go_to_the_same_region(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Past a VPC's own endpoint, which knows one region, a private node reaches nothing."""
+    for other in ("AWS_REGION", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_PROFILE"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, "eu-central-1")
+    client = storage.s3_client()
+    assert client.meta.region_name == "eu-central-1"
+    url = client.generate_presigned_url("get_object", Params={"Bucket": "b", "Key": "k"}, ExpiresIn=60)
+    assert "eu-central-1" in url
+    filesystem, _ = storage.open_uri("s3://b/k")
+    assert filesystem.region == "eu-central-1"

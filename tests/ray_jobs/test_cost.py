@@ -15,6 +15,8 @@ from ray_jobs.snapshot import snapshot
 from tests.ray_jobs.made_shards import make_shards
 from tests.ray_jobs.test_report import publish
 
+ROOT = Path(__file__).parents[2]
+
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -40,6 +42,26 @@ def test_hours_and_dollars_follow_from_a_measured_rate(shards: str) -> None:
     assert found.seconds == pytest.approx(found.gpu_hours * 3600 / 4)
     assert found.cost_gpus == pytest.approx(found.gpu_hours * 1.006) == pytest.approx(found.cost)
     assert found.caption_gb is None and any("size of captions" in line for line in found.assumed)
+
+
+def test_what_a_bill_has_besides_is_counted_or_named(shards: str) -> None:
+    without = run(Config(shards=(shards,), gpus=32, gpu="l4", captions_per_s=0.5))
+    (said,) = (line for line in without.lines() if "not in it:" in line)
+    assert all(what in said for what in ("starting nodes", "the head", "requests", "taken away"))
+    found = run(Config(shards=(shards,), gpus=32, gpu="l4", captions_per_s=0.5, startup_minutes=15))
+    assert found.startup_gpu_hours == pytest.approx(8) and found.cost_startup == pytest.approx(8 * 4.6016 / 4)
+    assert found.cost == pytest.approx(without.cost + 8 * 4.6016 / 4) and found.seconds == without.seconds
+    assert "starting nodes" not in found.lines()[-1]
+    assert "8.00  GPU hours before the first caption  9.20 USD" in "\n".join(found.lines())
+    unknown = run(Config(shards=(shards,), gpu="tpu", captions_per_s=0.5, startup_minutes=15))
+    assert unknown.cost == 0 and unknown.cost_startup is None
+
+
+def test_the_clusters_that_are_shipped_have_a_price() -> None:
+    """Each kind of GPU that `cluster/aws` starts on its own, by the day and on the spot market."""
+    table = yaml.safe_load(PRICES.read_text())["gpu_hour"]
+    cluster = (ROOT / "cluster/aws/cluster.yaml").read_text()
+    assert "4 x L4" in cluster and 0 < table["l4-spot"] < table["l4"]
 
 
 def test_a_trial_gives_rates_sizes_and_tokens(shards: str, trial: RunDirectory) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 
 from meddam_core import storage
 from ray_jobs.doctor import Config, bucket_findings, run
-from ray_jobs.doctor_node import judged, node_facts, together
+from ray_jobs.doctor_node import judged, memory_bytes, node_facts, together
 
 MODEL = str(Path(__file__).parents[1] / "data/oracle/dam_tiny/checkpoint")
 
@@ -70,3 +71,50 @@ def test_nodes_of_different_versions_are_found() -> None:
     assert [f.state for f in together([one, one])] == ["ok"]
     (found,) = together([one, other])
     assert found.state == "problem" and "2.59.0" in found.said and "same image" in (found.todo or "")
+
+
+def test_a_head_without_gpus_may_have_the_image_for_cpus() -> None:
+    gpu = [{"name": "L4", "memory_gb": 24.0, "capability": (8, 9)}]
+    versions = node_facts()["versions"] | {"torch": "2.13.0", "deepspeed": "0.19.8", "deepspeed-mii": "0.3.3"}
+    worker = node_facts() | {"gpus": gpu, "versions": versions}
+    without = versions | {"torch": "2.13.0+cpu", "deepspeed": None, "deepspeed-mii": None}
+    head = worker | {"gpus": [], "versions": without}
+    assert [f.state for f in together([head, worker, worker])] == ["ok"]
+    assert [f.about for f in together([head, worker, worker | {"versions": without}])] == [
+        "deepspeed of the nodes", "deepspeed-mii of the nodes"
+    ]  # fmt: skip
+    (found,) = together([head, worker | {"versions": versions | {"torch": "2.12.0"}}])
+    assert found.about == "torch of the nodes"
+
+
+@pytest.mark.parametrize(
+    ("line", "file"),
+    [("0::/job/step", "job/memory.max"), ("0::/", "memory.max"), ("0::/../other", "memory.max"),
+     ("9:memory:/pod/box", "memory/pod/box/memory.limit_in_bytes")],
+)  # fmt: skip
+def test_memory_is_what_the_container_may_use(tmp_path: Path, line: str, file: str) -> None:
+    own, limit = tmp_path / "own", tmp_path / "groups" / file
+    own.write_text(f"4:cpu,cpuacct:/elsewhere\n{line}\n")
+    limit.parent.mkdir(parents=True)
+    limit.write_text("1000000\n")
+    assert memory_bytes(tmp_path / "groups", own) == 1_000_000
+    limit.write_text("max\n")
+    everything = memory_bytes(tmp_path / "groups", tmp_path / "absent")
+    assert memory_bytes(tmp_path / "groups", own) == everything > 1_000_000
+
+
+def test_nodes_are_waited_for_before_they_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    from ray_jobs import session
+
+    done: list[Any] = []
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    monkeypatch.setattr(session, "session", nullcontext)
+    monkeypatch.setattr(session, "wait_for_gpus", lambda num: done.append(num))
+    monkeypatch.setattr(ray, "nodes", lambda: done.append("looked") or [])
+    monkeypatch.setattr(ray, "remote", lambda f: f)
+    monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked, []))
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 384.0})
+    assert run(Config(wait_for_gpus=32)).exit_code == 0
+    assert done == [32, "looked"]
