@@ -367,10 +367,8 @@ def _run(args: list[str]) -> NoReturn:
         sys.exit(EXIT_CONFIG)
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
-    except LeaseHeld as error:
-        _end(EXIT_HELD, str(error))
-    except TooFewGpus as error:
-        _end(EXIT_INCOMPLETE, str(error))
+    except (LeaseHeld, TooFewGpus) as error:
+        _end(EXIT_HELD if isinstance(error, LeaseHeld) else EXIT_INCOMPLETE, str(error))
     except (ValueError, OSError) as error:
         line = _sentence(error)
         if line is None or "--debug" in args:
