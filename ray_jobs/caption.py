@@ -50,7 +50,7 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
         retry: caption the failed images of a published run again, as a further attempt.
 
     Raises ValueError or StorageError for a configuration that cannot work, before any work; LeaseHeld where another
-    driver is at it.
+    driver is at it; TooFewGpus where those it waited for have not come.
     """
     started = time.monotonic()
     directory = RunDirectory(cfg.out)
@@ -63,7 +63,7 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
             return plan.finished
         with ProgressFile(directory, plan.attempt) as shown, session(cfg.num_cpus):
             stop_on_sigterm()
-            wait_for_gpus(cfg.wait_for_gpus)
+            wait_for_gpus(cfg.wait_for_gpus, cfg.wait_for_gpus_s)
             spec = resolve(cfg, plan.prompts, plan.begun_engine)
             try:
                 monitor = start_monitor(cfg.max_failed_share, cfg.canary_images, min_images=100)

@@ -55,6 +55,8 @@ class Config(BaseModel):
     """Actors that hold the model: by default one a GPU of the cluster, or one."""
     wait_for_gpus: int | None = Field(None, ge=1)
     """Begin when the cluster has so many GPUs, and ask an autoscaler for them; by default with those that are there."""
+    wait_for_gpus_s: float = Field(3600.0, gt=0)
+    """Longest wait for them, seconds; then the run ends with exit code 4, and the same command goes on."""
     num_extractors: int | None = Field(None, ge=1)
     """Most actors that prepare images; by default what the CPUs allow."""
     images_per_batch: int = Field(16, ge=1)

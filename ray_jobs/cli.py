@@ -72,6 +72,7 @@ from ray_jobs.process_end import run_and_end
 from ray_jobs.run_directory import RunDirectory
 from ray_jobs.serve import config as serve_config
 from ray_jobs.serve import job as serve
+from ray_jobs.session import TooFewGpus
 from ray_jobs.summary import EXIT_CONFIG, EXIT_HELD, EXIT_INCOMPLETE
 
 EXIT_DIFFERENT = 1
@@ -366,8 +367,8 @@ def _run(args: list[str]) -> NoReturn:
         sys.exit(EXIT_CONFIG)
     except (typer.Abort, KeyboardInterrupt):
         code = EXIT_INTERRUPTED
-    except LeaseHeld as error:
-        _end(EXIT_HELD, str(error))
+    except (LeaseHeld, TooFewGpus) as error:
+        _end(EXIT_HELD if isinstance(error, LeaseHeld) else EXIT_INCOMPLETE, str(error))
     except (ValueError, OSError) as error:
         line = _sentence(error)
         if line is None or "--debug" in args:

@@ -41,6 +41,8 @@ class Config(BaseModel):
     """How long a node of the cluster may take to answer."""
     wait_for_gpus: int | None = Field(None, ge=1)
     """Begin when the cluster has so many GPUs, and ask its autoscaler for them: only nodes that are there are seen."""
+    wait_for_gpus_s: float = Field(3600.0, gt=0)
+    """Longest wait for them, seconds."""
 
 
 class Report(BaseModel):
@@ -174,7 +176,7 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
     from ray_jobs.session import session, wait_for_gpus
 
     with session():
-        wait_for_gpus(cfg.wait_for_gpus)
+        wait_for_gpus(cfg.wait_for_gpus, cfg.wait_for_gpus_s)
         alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
         probe = ray.remote(node_facts)
         asked = []

@@ -15,10 +15,13 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-WAIT_FOR_GPUS_S = 3600.0
 WAIT_EVERY_S = 10.0
 MIN_CPUS = 2
 """Ray's checkpoint filter takes a whole CPU when a run resumes; a session of one CPU would wait for it for ever."""
+
+
+class TooFewGpus(RuntimeError):
+    """The GPUs that a job waited for have not come: a shortage, which the same command may not meet again."""
 
 
 @contextmanager
@@ -98,11 +101,11 @@ def _interrupt(signum: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def wait_for_gpus(num: int | None, timeout_s: float = WAIT_FOR_GPUS_S) -> None:
+def wait_for_gpus(num: int | None, timeout_s: float) -> None:
     """Returns when the cluster has `num` GPUs, for which an autoscaler is asked; at once for None.
 
     A job counts GPUs once, for its number of captioners: on a cluster that is still growing it would begin with few.
-    Raises ValueError where they have not come after `timeout_s`.
+    Raises TooFewGpus where they have not come after `timeout_s`.
     """
     import ray
     from ray.autoscaler.sdk import request_resources
@@ -114,9 +117,9 @@ def wait_for_gpus(num: int | None, timeout_s: float = WAIT_FOR_GPUS_S) -> None:
     try:
         while (there := int(ray.cluster_resources().get("GPU", 0))) < num:
             if time.monotonic() > deadline:
-                raise ValueError(
-                    f"the Ray cluster has {there} of {num} GPUs after {timeout_s / 60:.0f} minutes; check its nodes, "
-                    "or give a smaller --wait-for-gpus"
+                raise TooFewGpus(
+                    f"the Ray cluster has {there} of {num} GPUs after {timeout_s / 60:.0f} minutes; run the same "
+                    "command again when there are more, with a longer --wait-for-gpus-s, or for fewer --wait-for-gpus"
                 )
             logger.info("waiting for GPUs: %d of %d are there", there, num)
             time.sleep(min(WAIT_EVERY_S, timeout_s))

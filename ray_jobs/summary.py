@@ -4,7 +4,7 @@
 1  an error nobody foresaw, with its traceback
 2  the configuration cannot work; nothing was done
 3  stopped: too many images failed, or all of them
-4  incomplete: captions are missing; run the same command again
+4  incomplete: captions are missing, or the GPUs it waited for did not come; run the same command again
 5  another driver holds the run directory
 """
 

@@ -17,7 +17,7 @@ import pytest
 
 from meddam_core import storage
 from meddam_core.shards import read_shard
-from ray_jobs import withdraw
+from ray_jobs import fetch_weights, withdraw
 from ray_jobs.audit import audit
 from ray_jobs.doctor import bucket_findings
 from ray_jobs.lease import Lease
@@ -25,7 +25,7 @@ from ray_jobs.run_directory import RunDirectory
 from tests.cluster.head import ROOT
 from tests.conftest import s3_environment
 from tests.faults.faulty_s3 import Faults, faulty
-from tests.faults.kill_and_resume import Job
+from tests.faults.kill_and_resume import MODEL, Job
 from tests.ray_jobs.made_shards import make_shards
 
 pytestmark = pytest.mark.s3
@@ -240,6 +240,22 @@ def test_who_writes_and_withdraws_datasets_has_rights_for_that(
         asked = dict(server.asked)
     assert found.num_images and refusals("data-policy", bucket, asked) == []
     assert {right for right, *_ in refusals("role-policy", bucket, asked)} == {"s3:DeleteObject", "s3:PutObject"}
+
+
+def test_the_endpoint_may_fetch_its_weights_and_nothing_else(
+    s3_bucket: str, s3_endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_bucket.removeprefix("s3://")
+    for file in (f for f in Path(MODEL).rglob("*") if f.is_file()):
+        storage.write_bytes(f"{s3_bucket}/weights/DAM-3B/{file.relative_to(MODEL)}", file.read_bytes())
+    with faulty(s3_endpoint, Faults()) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        source = f"{s3_bucket}/weights/DAM-3B"
+        assert fetch_weights.run(fetch_weights.Config(source=source, target=tmp_path / "DAM-3B")).copied
+        assert refusals("weights-policy", bucket, server.asked) == []
+        storage.list_objects(f"{s3_bucket}/set/")
+        asked = dict(server.asked)
+    assert refusals("weights-policy", bucket, asked) == [("s3:ListBucket", "", "set/")]
 
 
 @pytest.mark.slow

@@ -1,10 +1,20 @@
-"""How a cluster's CPUs are shared out."""
+"""How a cluster's CPUs are shared out, and how long a run waits for its GPUs."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+from pathlib import Path
+
 import pytest
 
+from ray_jobs import caption, cli, session
+from ray_jobs.progress_file import PROGRESS
 from ray_jobs.session import shares_of
+from ray_jobs.summary import EXIT_INCOMPLETE
+from tests.ray_jobs.made_shards import make_shards
+
+MODEL = "tests/data/oracle/dam_tiny/checkpoint"
 
 FILTER_CPUS = 1.0
 """Of Ray's checkpoint filter, which runs while a job is resumed."""
@@ -27,3 +37,23 @@ def test_every_stage_finds_room_at_once(cpus: int, num_captioners: int) -> None:
 def test_most_of_a_gpu_node_prepares_images() -> None:
     shares = shares_of(16, 1)
     assert shares.extract * shares.max_extractors >= 12
+
+
+def test_gpus_that_do_not_come_are_no_mistake_of_the_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shortage ends a run with the code that says to run it again, after the time that was given."""
+    asked: list[int] = []
+    monkeypatch.setattr(caption, "session", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(caption, "stop_on_sigterm", lambda: None)
+    monkeypatch.setattr(session.time, "sleep", lambda _: None)
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8.0, "GPU": 3.0})
+    monkeypatch.setattr("ray.autoscaler.sdk.request_resources", lambda bundles: asked.append(len(bundles)))
+    shards, out = make_shards(str(tmp_path / "set"), 1, 2), tmp_path / "run"
+    args = ["caption", shards, "--out", str(out), "--model", MODEL, "--wait-for-gpus", "8"]
+    with pytest.raises(SystemExit) as end:
+        cli.main([*args, "--wait-for-gpus-s", "0.2"])
+    assert end.value.code == EXIT_INCOMPLETE
+    assert "has 3 of 8 GPUs" in capsys.readouterr().err
+    assert asked == [8, 0], "an autoscaler is asked, and told when nothing is wanted any more"
+    assert json.loads((out / PROGRESS).read_text())["why"] == "TooFewGpus"

@@ -14,7 +14,7 @@ from ray_jobs import caption, progress_file
 from ray_jobs.monitor import Totals
 from ray_jobs.progress_file import PROGRESS, ProgressFile
 from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
-from ray_jobs.session import wait_for_gpus
+from ray_jobs.session import TooFewGpus, wait_for_gpus
 from ray_jobs.status import Config, run
 from tests.faults.kill_and_resume import MODEL
 from tests.ray_jobs.made_shards import make_shards
@@ -124,5 +124,5 @@ def test_a_real_run_leaves_its_progress_and_waits_for_gpus_that_do_not_come(ray_
     assert (left["phase"], left["exit_code"], left["num_images_done"]) == ("complete", 0, 6)
     assert run(Config(run=cfg.out)).state == "complete"
     assert "wait_for_gpus" in json.loads((tmp_path / "run" / RUN).read_text())["config"]
-    with pytest.raises(ValueError, match=r"has 0 of 2 GPUs after 0 minutes"):
+    with pytest.raises(TooFewGpus, match=r"has 0 of 2 GPUs after 0 minutes"):
         wait_for_gpus(2, timeout_s=0.0)
