@@ -111,7 +111,7 @@ def test_nodes_are_waited_for_before_they_are_looked_at(monkeypatch: pytest.Monk
     done: list[Any] = []
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     monkeypatch.setattr(session, "session", nullcontext)
-    monkeypatch.setattr(session, "wait_for_gpus", lambda num: done.append(num))
+    monkeypatch.setattr(session, "wait_for_gpus", lambda num, timeout_s: done.append(num))
     monkeypatch.setattr(ray, "nodes", lambda: done.append("looked") or [])
     monkeypatch.setattr(ray, "remote", lambda f: f)
     monkeypatch.setattr(ray, "wait", lambda asked, **_: (asked, []))
