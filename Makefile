@@ -12,7 +12,6 @@ STAMP := $(VENV)/.installed
 # The small DAM that comes with the package; it was trained on synthetic pictures only.
 MODEL ?= meddam_core/models/meddam-tiny
 PACKAGES := meddam_core qa_library ray_jobs
-APART := tests/meddam_core tests/qa_library tests/test_house.py tests/test_docs.py
 
 export HF_HUB_OFFLINE = 1
 export NO_ALBUMENTATIONS_UPDATE = 1
@@ -36,13 +35,12 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	$(BIN)/meddam demo --model $(MODEL) $(DEMO)
 
-# Tests that share nothing are dealt to two processes; the jobs' own, which share a Ray session, come one by one.
+# Files of tests are dealt to two processes, each with a Ray session and an S3 server of its own.
 test: $(STAMP)
 ifdef TESTS
 	$(BIN)/python -m pytest $(TESTS)
 else
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(APART)
-	$(BIN)/python -m pytest tests $(addprefix --ignore=,$(APART))
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 endif
 
 faults: $(STAMP)
