@@ -194,7 +194,7 @@ CASES = (
     Case(name="captioner", run=_captioner),
     Case(name="driver", run=_driver),
     Case(name="commit", run=_commit, short=True),
-    Case(name="rivals", run=_rivals, short=True),
+    Case(name="rivals", run=_rivals),
     Case(name="poison", run=_poison),
     Case(name="memory", run=_memory, short=True),
     Case(name="disk", run=_disk),
