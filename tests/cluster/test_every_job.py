@@ -123,7 +123,8 @@ def test_from_captions_to_judgement_training_and_exports(head: Head, places: Pla
     done(head.job("ray_jobs.leaderboard", at("given"), "--out", at("board")))
     done(head.job("ray_jobs.judge", at("given"), "--questions", at("questions"), "--name", "second"))
     done(head.job("ray_jobs.check_judges", at("given")), "second")
-    done(head.job("ray_jobs.adjudicate", "sheets", at("given"), "--out", at("sheets"), "--num", "4"))
+    second = ("--judging", "second")
+    done(head.job("ray_jobs.adjudicate", "sheets", at("given"), "--out", at("sheets"), "--num", "4", *second))
     done(head.job("ray_jobs.curate", at("given"), "--out", at("chosen")))
     done(head.job("ray_jobs.export", at("chosen"), "--out", at("llava"), "--format", "llava"))
     trained = ("--max-steps", "2", "--batch-size", "2", "--dtype", "float32", "--num-threads", "1")
@@ -173,7 +174,7 @@ def test_the_endpoint_is_a_job_too_and_ends_when_it_is_stopped(head: Head) -> No
 @pytest.mark.parametrize(
     ("module", "words", "code", "says"),
     [
-        ("ray_jobs.judge", ["{nothing}", "--questions", "{nothing}"], 2, "is not a run"),
+        ("ray_jobs.judge", ["{nothing}", "--questions", "{nothing}"], 2, "holds no finished question table"),
         ("ray_jobs.audit", ["{nothing}"], 2, "is not a run directory"),
         ("ray_jobs.report", ["--no-such-option", "{nothing}"], 2, "No such option"),
         ("ray_jobs.ingest", ["manifest", "{broken}", "--out", "{out}"], 3, "no image could be read"),
