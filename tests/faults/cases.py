@@ -60,7 +60,8 @@ def _commit(scene: Scene) -> Told:
         if killer.killed and start == 0:
             process.wait()
             files = [info.path for info in storage.list_files(RunDirectory(out).checkpoint(1), ".parquet")]
-            done = next(path for path in files if not path.endswith(PENDING))
+            done = next((path for path in files if not path.endswith(PENDING)), None)
+            assert done is not None, "the run was published before its driver could be killed"
             filesystem, _ = storage.open_uri(out)
             filesystem.copy_file(done, done.removesuffix(".parquet") + PENDING)
 

@@ -47,7 +47,7 @@ class Told:
 
 @dataclass(slots=True, kw_only=True)
 class Scene:
-    """The data, its undisturbed runs by place (disk, s3, cluster, head), and the round that is on.
+    """The data, its undisturbed runs by place (disk, s3, films, cluster, head), and the round that is on.
 
     The data is the same in all rounds, and so are the undisturbed runs, each made when a case first asks for it.
     """
