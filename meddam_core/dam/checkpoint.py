@@ -16,9 +16,11 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from meddam_core.dam.architecture import DamConfig
 from meddam_core.dam.config import COMPONENTS, component_folders, read_config
@@ -28,6 +30,8 @@ from meddam_core.dam.tokens import Tokenizer, read_tokenizer
 from meddam_core.dam.weights import MAX_SHARD_BYTES, WeightFiles, write_weights
 
 _VOCABULARY = ("model.embed_tokens.weight", "lm_head.weight")
+_FLOATING = ("F64", "F32", "F16", "BF16", "torch.float64", "torch.float32", "torch.float16", "torch.bfloat16")
+"""Dtypes of weights that can be read, as safetensors and torch spell them."""
 _DERIVED = ("rotary_emb.inv_freq", "embeddings.position_ids")
 """Buffers that older files carry and that follow from the configuration."""
 
@@ -37,7 +41,20 @@ def load_dam(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
 
     Raises ValueError that lists everything about the folder that is missing, unexpected or not implemented.
     """
-    folder = Path(folder)
+    dam, sources = _open(Path(folder))
+    for name in COMPONENTS:
+        _fill(dam.get_submodule(name), sources[name].tensors(), torch.device(device), dtype)
+    dam.llm.tie_weights()
+    return dam.eval()
+
+
+def check_dam(folder: str | Path) -> None:
+    """All that `load_dam` finds out before it reads the weights: the same ValueError, from the files' headers."""
+    _open(Path(folder))
+
+
+def _open(folder: Path) -> tuple[Dam, dict[str, WeightFiles]]:
+    """The DAM without memory, and the files that fit it."""
     config = read_config(folder)
     parts = component_folders(folder)
     tokenizer = read_tokenizer(parts["llm"])
@@ -53,16 +70,25 @@ def load_dam(folder: str | Path, device: str | torch.device = "cpu", dtype: torc
         raise ValueError(
             f"{folder}: the weights do not fit the configuration:" + "".join(f"\n  - {p}" for p in problems)
         )
-    for name in COMPONENTS:
-        _fill(dam.get_submodule(name), sources[name].tensors(), torch.device(device), dtype)
-    dam.llm.tie_weights()
-    return dam.eval()
+    return dam, sources
 
 
 def build_dam(config: DamConfig, tokenizer: Tokenizer | None = None) -> Dam:
     """A DAM on the meta device: every name and shape, no memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), _WithoutDrawing():
         return Dam(config, tokenizer)
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves out the first draw of weights: there is no memory for them, and it would load all of torch._dynamo."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 def random_dam(
@@ -124,6 +150,11 @@ def _mismatches(component: str, dam: Dam, source: WeightFiles) -> list[str]:
             for name, shape in expected.items()
             if name in found and found[name] != shape
         ]
+        + [
+            f"{component}: {name} is {dtype}; quantised weights are not implemented"
+            for name, dtype in source.dtypes.items()
+            if name in expected and dtype not in _FLOATING
+        ]
     )
 
 
@@ -133,8 +164,6 @@ def _fill(module: nn.Module, tensors: Iterable[tuple[str, Tensor]], device: torc
     for name, tensor in tensors:
         if name not in parameters:
             continue
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; quantised weights are not implemented")
         shape = parameters[name].shape
         value = torch.empty(shape, dtype=dtype, device=device)
         value.copy_(tensor[: shape[0]])

@@ -29,11 +29,14 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._file_of = _locate(folder)
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, str] = {}
+        """As the file's format spells them."""
         self._names: dict[Path, list[str]] = {}
         for path in sorted(set(self._file_of.values())):
-            shapes = _shapes(path)
-            self._names[path] = list(shapes)
-            self.shapes |= shapes
+            headers = _headers(path)
+            self._names[path] = list(headers)
+            self.shapes |= {name: shape for name, (shape, _) in headers.items()}
+            self.dtypes |= {name: dtype for name, (_, dtype) in headers.items()}
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Every (name, tensor) on the CPU. A tensor is only good until the next one is asked for."""
@@ -64,11 +67,13 @@ def _locate(folder: Path) -> dict[str, Path]:
     raise ValueError(f"{folder} holds no weights: expected {' or '.join(_SINGLE)}, or an .index.json of one")
 
 
-def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
+def _headers(path: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype by tensor name."""
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    return {name: tuple(tensor.shape) for name, tensor in _unpickle(path).items()}
+            slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+            return {name: (tuple(s.get_shape()), s.get_dtype()) for name, s in slices.items()}
+    return {name: (tuple(t.shape), str(t.dtype)) for name, t in _unpickle(path).items()}
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:

@@ -50,8 +50,7 @@ def make_engine(
     if name not in NAMES:
         raise ValueError(f"no engine {name!r}: choose one of {', '.join(NAMES)}, or package.module:Class")
     if name == "torch" or (name == "auto" and device == "cpu"):
-        why = "named explicitly" if name == "torch" else "the device is a CPU"
-        return _make_torch(folder, device, dtype, slots), why
+        return _make_torch(folder, device, dtype, slots), _why_torch(name)
     if name == "mii":
         return _make_mii(folder, device, dtype, slots, kernels), "named explicitly"
     return _make_auto(folder, device, dtype, slots, kernels)
@@ -95,11 +94,24 @@ def _make_mii(folder: str, device: str, dtype: str, slots: int | None, kernels: 
 
 
 def resolve_engine(name: str, folder: str, *, device: str = "cpu", dtype: str = "float32") -> Resolved:
-    """Makes the engine once to see that it works here, and frees it again."""
+    """Makes the engine once to see that it works here, and frees it again; torch works with whatever fits its headers.
+
+    Raises as `make_engine` does.
+    """
+    if name == "torch" or (name == "auto" and device == "cpu"):
+        from meddam_core.dam.checkpoint import check_dam
+        from meddam_core.engines.torch_engine import TorchEngine
+
+        check_dam(folder)
+        return Resolved(TorchEngine.name, TorchEngine.kernels, _why_torch(name))
     engine, why = make_engine(name, folder, device=device, dtype=dtype)
     chosen = Resolved(name if ":" in name else engine.name, engine.kernels, why)
     engine.close()
     return chosen
+
+
+def _why_torch(name: str) -> str:
+    return "named explicitly" if name == "torch" else "the device is a CPU"
 
 
 def _own_class(path: str) -> Any:

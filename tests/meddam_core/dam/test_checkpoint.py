@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meddam_core.dam.checkpoint import build_dam, load_dam, random_dam, save_dam
+from meddam_core.dam.checkpoint import build_dam, check_dam, load_dam, random_dam, save_dam
 from meddam_core.dam.config import COMPONENTS
 from meddam_core.dam.documents import DAM_3B
 from meddam_core.dam.model import Dam
-from meddam_core.dam.weights import write_weights
+from meddam_core.dam.weights import WeightFiles, write_weights
 from tests.meddam_core.dam.small import CHECKPOINT, CONFIG, ORACLE, random_views, small_config, small_dam, tokenizer
 
 
@@ -215,3 +215,22 @@ def test_a_quantised_checkpoint_is_refused(copy: Path) -> None:
     write_weights(file.parent, {n: t.to(torch.int8) for n, t in load_file(file).items()})
     with pytest.raises(ValueError, match="quantised"):
         load_dam(copy)
+
+
+def test_a_checkpoint_is_checked_without_reading_its_weights(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WeightFiles, "tensors", None)
+    check_dam(copy)
+    file = copy / "mm_projector" / "model.safetensors"
+    write_weights(file.parent, {n: t.to(torch.int8) for n, t in load_file(file).items()})
+    with pytest.raises(ValueError, match="quantised"):
+        check_dam(copy)
+    file.unlink()
+    with pytest.raises(ValueError, match="holds no weights"):
+        check_dam(copy)
+
+
+def test_a_checkpoint_is_loaded_without_the_compiler() -> None:
+    """torch._dynamo costs each process 1.5 s; drawing weights on the meta device would load it."""
+    script = "import sys; from meddam_core.dam.checkpoint import load_dam; load_dam(sys.argv[1]); " \
+        "sys.exit('torch._dynamo' in sys.modules)"  # fmt: skip
+    subprocess.run([sys.executable, "-c", script, str(CHECKPOINT)], check=True)
