@@ -169,22 +169,22 @@ def _store(scene: Scene, name: str, faults: Faults, given: str, what: str) -> To
 
 
 def _throttled(scene: Scene) -> Told:
-    faults = Faults(throttled=0.1, reset=0.02, seed=scene.rng.randrange(1 << 30))
+    faults = Faults(throttled=0.1, reset=0.02, seed=scene.random("s3-503").randrange(1 << 30))
     return _store(scene, "s3-503", faults, "throttled", "S3 answers 503, or closes connections")
 
 
 def _slow(scene: Scene) -> Told:
-    faults = Faults(slow=0.3, slow_s=0.1, seed=scene.rng.randrange(1 << 30))
+    faults = Faults(slow=0.3, slow_s=0.1, seed=scene.random("s3-slow").randrange(1 << 30))
     return _store(scene, "s3-slow", faults, "slow", "S3 sends bodies in drips")
 
 
 def _cut(scene: Scene) -> Told:
-    faults = Faults(cut=0.15, seed=scene.rng.randrange(1 << 30))
+    faults = Faults(cut=0.15, seed=scene.random("s3-cut").randrange(1 << 30))
     return _store(scene, "s3-cut", faults, "cut", "S3 ends bodies in the middle")
 
 
 def _expired(scene: Scene) -> Told:
-    faults = Faults(expired_after=60, seed=scene.rng.randrange(1 << 30))
+    faults = Faults(expired_after=60, seed=scene.random("s3-expired").randrange(1 << 30))
     return _store(
         scene, "s3-expired", faults, "expired", "credentials expire in mid-run, are renewed, and it is run again"
     )

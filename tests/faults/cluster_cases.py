@@ -24,8 +24,9 @@ from tests.faults.scene import DEADLINE_S, POLL_S, Case, Scene, Told
 @contextlib.contextmanager
 def _two_nodes(scene: Scene) -> Iterator[tuple[Head, subprocess.Popen[bytes]]]:
     """A head and a second node, with two CPUs each."""
-    log = scene.folder / "node.log"
-    with started_head(scene.folder, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) as head, joined_node(head, log) as node:
+    folder = scene.head_folder("node")
+    log = folder / "node.log"
+    with started_head(folder, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) as head, joined_node(head, log) as node:
         deadline = time.monotonic() + DEADLINE_S
         while "raylet" not in " ".join(title(pid) for pid in descendants(node.pid)):
             assert node.poll() is None and time.monotonic() < deadline, log.read_text()
@@ -65,7 +66,7 @@ def _submitted(scene: Scene) -> Told:
         "--max-new-tokens", "16", "--images-per-file", "10", "--images-per-batch", "4", "--out",
     ]  # fmt: skip
     submit = ("job", "submit", "--working-dir", ".", "--runtime-env", "runtime_env.yaml")
-    with started_head(scene.folder, OMP_NUM_THREADS="1") as head:
+    with started_head(scene.head_folder("submitted"), OMP_NUM_THREADS="1") as head:
         if not scene.is_noted("head"):
             begun = time.monotonic()
             first = head.ray(*submit, "--", *words, calm)

@@ -12,7 +12,6 @@ the captions equal those of an undisturbed run. Rounds go on until `--times` pro
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import random
 import subprocess
@@ -167,18 +166,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def s3_server(stack: ExitStack) -> str:
-    """Starts an S3 server with the bucket BUCKET, which this process and those below it then use. Returns its URL."""
-    from moto.server import ThreadedMotoServer
+    """Starts an S3 server with the bucket BUCKET, which this process and those below it then use. Returns its URL.
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line a request
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    stack.callback(server.stop)
-    host, port = server.get_host_and_port()
-    os.environ |= {
-        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
-    }  # fmt: skip
+    It is a process of its own: in a thread of this one it would wait for all that is looked at here.
+    """
+    from ray_jobs import demo
+
+    log = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="meddam-s3-"))) / "s3.log"
+    os.environ |= stack.enter_context(demo.s3_server(log))
     boto3.client("s3").create_bucket(Bucket=BUCKET.removeprefix("s3://"))
     return os.environ["AWS_ENDPOINT_URL"]
 

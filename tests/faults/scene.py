@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 import subprocess
+import threading
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,8 @@ from tests.ray_jobs.made_shards import SIDE_PX, make_shards
 POISONED_IMAGE = image_id(1, 4)
 """Uniformly grey: harmless to all engines but those that break on it."""
 DEADLINE_S = 900.0
-POLL_S = 0.02
+POLL_S = 0.05
+"""A look costs a walk through /proc or a listing on S3, which the jobs beside it pay for."""
 WELL_DISTURBED = (-9, 1, 2, 4, 137)
 """Exit codes of a job that a fault may end; it must then resume. 0 must be right, 3 and 5 are wrong."""
 
@@ -49,12 +52,13 @@ class Told:
 class Scene:
     """The data, its undisturbed runs by place (disk, s3, films, cluster, head), and the round that is on.
 
-    The data is the same in all rounds, and so are the undisturbed runs, each made when a case first asks for it.
+    The data is the same in all rounds, and so are the undisturbed runs, each made when a case first asks for it. Cases
+    may run at once, each in a thread of its own.
     """
 
     folder: Path
     s3_endpoint: str
-    rng: random.Random
+    seed: int = 0
     num_images: int = 30
     round: int = 0
     environments: dict[str, dict[str, str]] = field(default_factory=dict)
@@ -62,6 +66,12 @@ class Scene:
     _shards: dict[str, str] = field(default_factory=dict)
     _spans_s: dict[str, float] = field(default_factory=dict)
     _tables: dict[str, pa.Table] = field(default_factory=dict)
+    _making: defaultdict[str, threading.RLock] = field(default_factory=lambda: defaultdict(threading.RLock))
+    """By place: who first asks for its data or its undisturbed run makes them, others wait."""
+
+    def random(self, name: str) -> random.Random:
+        """What a case draws from in this round."""
+        return random.Random(f"{self.seed} {self.round} {name}")
 
     def root(self, place: str) -> str:
         """Where a place's data and runs lie."""
@@ -71,17 +81,25 @@ class Scene:
         """The run directory of a case in this round."""
         return f"{self.root(place)}/{name}-{self.round}"
 
+    def head_folder(self, name: str) -> Path:
+        """Where a case's own Ray head keeps its token and its log."""
+        folder = self.folder / f"{name}-head"
+        folder.mkdir(exist_ok=True)
+        return folder
+
     def job(self, place: str, *options: str, engine: str = "torch") -> Job:
         """The job over the place's shards, which are made at the first call."""
-        if place not in self._shards:
-            self._shards[place] = make_shards(f"{self.root(place)}/set", 2, self.num_images, pixels=_pixels)
+        with self._making[place]:
+            if place not in self._shards:
+                self._shards[place] = make_shards(f"{self.root(place)}/set", 2, self.num_images, pixels=_pixels)
         return Job(self._shards[place], ["--engine", engine, *options])
 
     def undisturbed_s(self, place: str, job: Job | None = None) -> float:
         """Seconds that the place's job takes when it is left alone; found out at the first call."""
-        if place not in self._spans_s:
-            out = f"{self.root(place)}/undisturbed"
-            self.note(place, out, self.to_the_end(job or self.job(place), out, env=self.environments.get(place)))
+        with self._making[place]:
+            if place not in self._spans_s:
+                out = f"{self.root(place)}/undisturbed"
+                self.note(place, out, self.to_the_end(job or self.job(place), out, env=self.environments.get(place)))
         return self._spans_s[place]
 
     def note(self, place: str, out: str, seconds: float) -> None:

@@ -5,6 +5,8 @@
     python -m tests.faults.suite --only memory,clock            some of them
     python -m tests.faults.suite --short                        a few that tell most
 
+Cases run two at once (`--at-once`): a job alone leaves half a core idle, and one that starts beside makes it harder.
+
 A line a case: what was done, the time it cost against the undisturbed run of the same place, what the audit
 counts, and whether the captions equal the undisturbed run's. Ends with 1 if anything is missing, twice or different.
 Everything is real: the job in a process of its own, Ray, an S3 server, more raylets, signals.
@@ -13,12 +15,13 @@ Everything is real: the job in a process of its own, Ray, an S3 server, more ray
 from __future__ import annotations
 
 import argparse
+import functools
 import os
-import random
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -30,7 +33,7 @@ from tests.faults import cases, cluster_cases
 from tests.faults.kill_and_resume import captions, differences, s3_server
 from tests.faults.scene import Case, Scene, Skipped, Told
 
-CASES = (*cases.CASES, *cluster_cases.CASES)
+CASES = (*cluster_cases.CASES, *cases.CASES)  # those that take longest first
 OF_THE_RUN = ["attempt", "engine"]
 """Columns that name the run rather than its captions: an engine with a fault has its own name."""
 
@@ -76,6 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--short", action="store_true", help=", ".join(c.name for c in CASES if c.short))
     parser.add_argument("--list", action="store_true", help="the names of all cases")
     parser.add_argument("--images", type=int, default=30, help="images in each of two shards")
+    parser.add_argument("--at-once", type=int, default=2, help="cases that run at the same time")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
     names = [c.name for c in CASES]
@@ -88,14 +92,13 @@ def main(argv: list[str] | None = None) -> int:
     bad = 0
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfs", ignore_cleanup_errors=True)))
-        scene = Scene(
-            folder=folder, s3_endpoint=s3_server(stack), rng=random.Random(args.seed), num_images=args.images
-        )  # fmt: skip
+        scene = Scene(folder=folder, s3_endpoint=s3_server(stack), seed=args.seed, num_images=args.images)
+        lanes = stack.enter_context(ThreadPoolExecutor(args.at_once))
         for scene.round in range(args.rounds):
             print(f"round {scene.round + 1} of {args.rounds}, {len(chosen)} cases, load {os.getloadavg()[0]:.1f}",
                   flush=True)  # fmt: skip
             begun = time.monotonic()
-            bad += sum(not run_case(case, scene) for case in chosen)
+            bad += list(lanes.map(functools.partial(run_case, scene=scene), chosen)).count(False)
             print(f"  {time.monotonic() - begun:.0f} s", flush=True)
     print(f"{args.rounds * len(chosen)} faults in {args.rounds} rounds, {bad or 'none'} of them unclean")
     return 1 if bad else 0

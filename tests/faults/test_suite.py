@@ -15,4 +15,4 @@ def test_every_fault_leaves_a_whole_run() -> None:
 def test_a_case_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         suite.main(["--only", "node,earthquake"])
-    assert "no case earthquake; there are extractor, " in capsys.readouterr().err
+    assert "no case earthquake; there are node, " in capsys.readouterr().err
