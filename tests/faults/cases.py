@@ -119,10 +119,10 @@ def _disk(scene: Scene) -> Told:
     films = scene.root("films")
     if not scene.is_noted("films"):
         make_films(films, NUM_FILMS)
+        probe = [sys.executable, "-m", "tests.faults.full_disk"]
+        assert subprocess.run(probe, env=os.environ | ENVIRONMENT, check=False).returncode == 0, "the disk is not full"
     job = Job(films, ["--engine", path_of(40), "--model", model_folder(films)])
     undisturbed_s, out = scene.undisturbed_s("films", job), scene.out("films", "disk")
-    probe = [sys.executable, "-m", "tests.faults.full_disk"]
-    assert subprocess.run(probe, env=os.environ | ENVIRONMENT, check=False).returncode == 0, "the disk is not full"
     return Told(
         what=f"a disk with no room to spill to, and an object store of {STORE_BYTES // 10**6} MB", out=out,
         seconds=scene.to_the_end(job, out, env=ENVIRONMENT), undisturbed_s=undisturbed_s,

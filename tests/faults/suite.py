@@ -1,7 +1,8 @@
 """The fault suite: every way a run is disturbed, one after the other, each on a fresh run directory.
 
     python -m tests.faults.suite                                all cases once: minutes
-    python -m tests.faults.suite --rounds 20                    twenty times in a row
+    python -m tests.faults.suite --rounds 20                    twenty times in a row: hours
+    python -m tests.faults.suite --rounds 20 --notes FILE       as many of them as FILE does not hold yet, for this code
     python -m tests.faults.suite --only memory,clock            some of them
     python -m tests.faults.suite --short                        a few that tell most
 
@@ -23,6 +24,7 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pyarrow.compute as pc
@@ -31,6 +33,7 @@ from ray_jobs.audit import audit
 from ray_jobs.run_directory import RunDirectory
 from tests.faults import cases, cluster_cases
 from tests.faults.kill_and_resume import captions, differences, s3_server
+from tests.faults.notes import RoundNotes, code_hash
 from tests.faults.scene import Case, Scene, Skipped, Told
 
 CASES = (*cluster_cases.CASES, *cases.CASES)  # those that take longest first
@@ -81,6 +84,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--images", type=int, default=30, help="images in each of two shards")
     parser.add_argument("--at-once", type=int, default=2, help="cases that run at the same time")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--notes", type=Path, metavar="FILE", help="note rounds here; those noted are not run again")
     args = parser.parse_args(argv)
     names = [c.name for c in CASES]
     if args.list:
@@ -89,18 +93,27 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := set(args.only or ()) - set(names):
         parser.error(f"no case {', '.join(sorted(unknown))}; there are {', '.join(names)}")
     chosen = [c for c in CASES if c.name in (args.only or names) and (c.short or not args.short)]
-    bad = 0
+    what = {"code": code_hash(), "seed": args.seed, "images": args.images, "cases": [c.name for c in chosen]}
+    notes = RoundNotes(args.notes, what)
+    noted, bad = notes.num_in_a_row, 0
+    if noted:
+        print(f"{noted} clean rounds of this code are noted in {args.notes}", flush=True)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mfs", ignore_cleanup_errors=True)))
         scene = Scene(folder=folder, s3_endpoint=s3_server(stack), seed=args.seed, num_images=args.images)
+        scene.round = notes.num_rounds
         lanes = stack.enter_context(ThreadPoolExecutor(args.at_once))
-        for scene.round in range(args.rounds):
-            print(f"round {scene.round + 1} of {args.rounds}, {len(chosen)} cases, load {os.getloadavg()[0]:.1f}",
+        for number in range(noted, args.rounds):
+            print(f"round {number + 1} of {args.rounds}, {len(chosen)} cases, load {os.getloadavg()[0]:.1f}",
                   flush=True)  # fmt: skip
-            begun = time.monotonic()
-            bad += list(lanes.map(functools.partial(run_case, scene=scene), chosen)).count(False)
+            begun, began = time.monotonic(), datetime.now(UTC).isoformat(timespec="seconds")
+            unclean = list(lanes.map(functools.partial(run_case, scene=scene), chosen)).count(False)
+            notes.add(unclean, time.monotonic() - begun, began)
             print(f"  {time.monotonic() - begun:.0f} s", flush=True)
-    print(f"{args.rounds * len(chosen)} faults in {args.rounds} rounds, {bad or 'none'} of them unclean")
+            bad += unclean
+            scene.round += 1
+    rounds = max(noted, args.rounds)
+    print(f"{rounds * len(chosen)} faults in {rounds} rounds, {bad or 'none'} of them unclean")
     return 1 if bad else 0
 
 
