@@ -196,7 +196,8 @@ def _holds_what_it_promises(out: Path, summary: loop.Summary) -> None:
     assert state.test is not None
     assert "start" in state.test.scores and "majority" in state.test.scores
     assert state.test.models.keys() == {"start", "curated-round-1", "uncurated-round-1"}
-    questions = pq.read_table(out / "test/questions/test").to_pylist()
+    files = (out / "test/questions/test").rglob("*.parquet")
+    questions = [row for file in files for row in pq.read_table(file).to_pylist()]
     assert questions and all(q["template_id"].endswith("+held-out") for q in questions)
     page = (out / "report.html").read_text()
     assert "One judge both curated and read the test" in page and "round 1" in page
