@@ -71,7 +71,7 @@ def reader(s3_endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             patch.setenv(name, value)
         for bucket in ("lab", "bucket"):
             boto3.client("s3").create_bucket(Bucket=bucket)
-        yield Reader(folder, os.environ | {"PATH": path, "MEDDAM_SECRET": "a long random text"})
+        yield Reader(folder, os.environ | {"PATH": path, "HOME": str(folder)})
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +103,11 @@ def test_the_readmes_own_steps(reader: Reader, films: None) -> None:
 
 
 def test_a_patient_can_be_found_and_withdrawn(reader: Reader, films: None) -> None:
-    (reader.folder / "secret").write_text("a long random text")
-    assert "crosswalk: 2 patients, 4 studies" in reader.follows("docs/security.md", "meddam ingest manifest")
+    told = reader.follows("docs/security.md", "mkdir -p ~/.meddam", "meddam ingest manifest")
+    assert "crosswalk: 2 patients, 4 studies" in told
     assert (reader.folder / "crosswalk.csv").stat().st_mode & 0o777 == 0o600
-    withdraw = "meddam withdraw s3://lab/chest s3://lab/films s3://lab/runs/one --patient-id P1"
+    secret = reader.written("docs/security.md", "export MEDDAM_SECRET=")
+    withdraw = secret + "; meddam withdraw s3://lab/chest s3://lab/films s3://lab/runs/one --patient-id P1"
     assert reader.written("docs/security.md", "meddam withdraw").startswith(
         "meddam withdraw s3://lab/vindr s3://lab/runs"
     )
