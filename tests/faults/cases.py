@@ -194,7 +194,7 @@ CASES = (
     Case(name="extractor", run=_extractor),
     Case(name="captioner", run=_captioner),
     Case(name="driver", run=_driver),
-    Case(name="commit", run=_commit, short=True),
+    Case(name="commit", run=_commit),
     Case(name="rivals", run=_rivals),
     Case(name="poison", run=_poison),
     Case(name="memory", run=_memory, short=True),
