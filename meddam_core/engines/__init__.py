@@ -49,8 +49,8 @@ def make_engine(
         return _own_class(name)(folder, device=device, dtype=dtype, slots=slots), "named explicitly"
     if name not in NAMES:
         raise ValueError(f"no engine {name!r}: choose one of {', '.join(NAMES)}, or package.module:Class")
-    if name == "torch" or (name == "auto" and device == "cpu"):
-        return _make_torch(folder, device, dtype, slots), _why_torch(name)
+    if why := _why_torch(name, device):
+        return _make_torch(folder, device, dtype, slots), why
     if name == "mii":
         return _make_mii(folder, device, dtype, slots, kernels), "named explicitly"
     return _make_auto(folder, device, dtype, slots, kernels)
@@ -98,20 +98,23 @@ def resolve_engine(name: str, folder: str, *, device: str = "cpu", dtype: str = 
 
     Raises as `make_engine` does.
     """
-    if name == "torch" or (name == "auto" and device == "cpu"):
+    if why := _why_torch(name, device):
         from meddam_core.dam.checkpoint import check_dam
         from meddam_core.engines.torch_engine import TorchEngine
 
         check_dam(folder)
-        return Resolved(TorchEngine.name, TorchEngine.kernels, _why_torch(name))
+        return Resolved(TorchEngine.name, TorchEngine.kernels, why)
     engine, why = make_engine(name, folder, device=device, dtype=dtype)
     chosen = Resolved(name if ":" in name else engine.name, engine.kernels, why)
     engine.close()
     return chosen
 
 
-def _why_torch(name: str) -> str:
-    return "named explicitly" if name == "torch" else "the device is a CPU"
+def _why_torch(name: str, device: str) -> str:
+    """Why it is torch, where that is known without a trial; else ""."""
+    if name == "torch":
+        return "named explicitly"
+    return "the device is a CPU" if (name, device) == ("auto", "cpu") else ""
 
 
 def _own_class(path: str) -> Any:

@@ -1,4 +1,4 @@
-"""The fault suite: every way a run is disturbed, one after the other, each on a fresh run directory.
+"""The fault suite: every way a run is disturbed, each on a fresh run directory.
 
     python -m tests.faults.suite                                all cases once: minutes
     python -m tests.faults.suite --rounds 20                    twenty times in a row: hours
