@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import socket
 import threading
@@ -25,6 +26,8 @@ from types import TracebackType
 from typing import IO, Any
 
 from meddam_core import storage
+
+logger = logging.getLogger(__name__)
 
 TTL_S = 20.0
 """A driver that has not renewed for this long is taken for dead: a slow bucket takes some of it, a person waits it."""
@@ -118,10 +121,19 @@ class _S3Lease:
         self._thread.start()
 
     def release(self) -> None:
+        """A bucket that answers badly now does not undo the run's success: the next driver waits the ttl."""
+        from botocore.exceptions import BotoCoreError, ClientError
+
         self._stopped.set()
         self._thread.join(timeout=self._lease.ttl_s)
-        if self._current()[0] == self._etag:
-            self._client.delete_object(Bucket=self._bucket, Key=self._key)
+        try:
+            if self._current()[0] == self._etag:
+                self._client.delete_object(Bucket=self._bucket, Key=self._key)
+        except (BotoCoreError, ClientError) as error:
+            logger.warning(
+                "%s could not be given back (%s); the next driver waits %g s for it",
+                self._lease.uri, error, self._lease.ttl_s,
+            )  # fmt: skip
 
     def _take_over(self) -> str:
         """Waits a whole ttl; a lease that changes meanwhile has a living holder."""
@@ -144,12 +156,12 @@ class _S3Lease:
             beat += 1
             try:
                 etag = self._put(IfMatch=self._etag, beat=beat)
+                if etag is None:
+                    etag = self._own_etag()  # a renewal whose answer got lost changed the etag all the same
             except Exception:  # noqa: BLE001 - a bucket may answer badly for a while; the ttl decides
                 if time.monotonic() - last > self._lease.ttl_s:
                     return self._lease.lost()
                 continue
-            if etag is None:
-                etag = self._own_etag()  # a renewal whose answer got lost changed the etag all the same
             if etag is None:
                 return self._lease.lost()
             self._etag, last = etag, time.monotonic()
@@ -173,7 +185,20 @@ class _S3Lease:
         return str(answer["ETag"])
 
     def _current(self) -> tuple[str, bytes]:
-        """(etag, body) of the lease object; ("", b"") where there is none."""
+        """(etag, body) of the lease object; ("", b"") where there is none.
+
+        boto3 repeats requests, but not the reading of a body that breaks off: that is repeated here.
+        """
+        from botocore.exceptions import HTTPClientError, IncompleteReadError
+
+        for attempt in range(1, storage.S3_ATTEMPTS):
+            try:
+                return self._read()
+            except (HTTPClientError, IncompleteReadError):
+                time.sleep(0.1 * attempt)
+        return self._read()
+
+    def _read(self) -> tuple[str, bytes]:
         from botocore.exceptions import ClientError
 
         try:

@@ -1,4 +1,4 @@
-"""One driver at a time on a run directory: on disk and on S3, through a takeover and a lost renewal."""
+"""One driver at a time on a run directory: on disk and on S3, through a takeover, a lost renewal and a bad bucket."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import boto3
@@ -13,6 +14,7 @@ import pytest
 
 from meddam_core import storage
 from ray_jobs.lease import Lease, LeaseHeld
+from tests.faults.faulty_s3 import Faults, faulty
 from tests.faults.kill_and_resume import Job
 from tests.ray_jobs.made_shards import make_shards
 
@@ -77,6 +79,52 @@ def test_a_renewal_whose_answer_was_lost_keeps_the_lease(s3_bucket: str) -> None
         # the same body with another etag: what the bucket holds when a put went through and its answer did not
         boto3.client("s3").put_object(Bucket=s3_bucket.removeprefix("s3://"), Key="run/lease", Body=lease.body(99))
         assert not lost.wait(timeout=3)
+
+
+@pytest.mark.s3
+def test_a_takeover_outlives_bodies_that_break_off(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _holder(f"{s3_bucket}/run", ttl_s=1)
+    first.kill()
+    first.wait()
+    with faulty(s3_endpoint, Faults(cut=0.4, seed=1)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with Lease(f"{s3_bucket}/run", ttl_s=1):
+            assert server.given["cut"] > 2
+
+
+@pytest.mark.s3
+def test_renewals_go_on_after_a_body_that_broke_off(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faults, lost = Faults(), threading.Event()
+    s3, place = boto3.client("s3"), {"Bucket": s3_bucket.removeprefix("s3://"), "Key": "run/lease"}
+    with faulty(s3_endpoint, faults) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with Lease(f"{s3_bucket}/run", ttl_s=4, on_lost=lost.set) as lease:
+            faults.cut = 1.0
+            etag = s3.put_object(**place, Body=lease.body(99))["ETag"]  # a renewal whose answer was lost: it is read
+            while server.given["cut"] < 2:  # the put that is refused, the read that breaks off
+                assert not lost.wait(0.05)
+            faults.cut = 0.0
+            deadline = time.monotonic() + 60
+            while s3.head_object(**place)["ETag"] == etag:
+                assert not lost.wait(0.05)
+                assert time.monotonic() < deadline
+
+
+@pytest.mark.s3
+def test_a_lease_that_cannot_be_given_back_does_not_undo_the_run(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    faults = Faults()
+    with faulty(s3_endpoint, faults) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with Lease(f"{s3_bucket}/run", ttl_s=60):
+            faults.expired_after = 0
+    assert "could not be given back" in caplog.text
+    assert "ExpiredToken" in caplog.text
 
 
 @pytest.mark.s3
