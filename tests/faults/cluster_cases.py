@@ -22,35 +22,45 @@ from tests.faults.scene import DEADLINE_S, POLL_S, Case, Scene, Told
 
 
 @contextlib.contextmanager
-def _two_nodes(scene: Scene) -> Iterator[tuple[Head, subprocess.Popen[bytes]]]:
-    """A head and a second node, with two CPUs each."""
+def _two_nodes(scene: Scene) -> Iterator[tuple[Head, list[subprocess.Popen[bytes]]]]:
+    """A head that holds no work, as a cluster's head should not, and two nodes with two CPUs each."""
     folder = scene.head_folder("node")
-    log = folder / "node.log"
-    with started_head(folder, OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)) as head, joined_node(head, log) as node:
-        deadline = time.monotonic() + DEADLINE_S
-        while "raylet" not in " ".join(title(pid) for pid in descendants(node.pid)):
-            assert node.poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(POLL_S)
-        yield head, node
+    with contextlib.ExitStack() as stack:
+        head = stack.enter_context(started_head(folder, "--num-cpus=0", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT)))
+        nodes: list[subprocess.Popen[bytes]] = []
+        for number in (1, 2):  # one after the other: two raylets that start at once take the same socket
+            log = folder / f"node-{number}.log"
+            nodes.append(stack.enter_context(joined_node(head, log)))
+            deadline = time.monotonic() + DEADLINE_S
+            while not any("raylet_socket_name" in text for text in _workers(nodes[-1])):
+                assert nodes[-1].poll() is None and time.monotonic() < deadline, log.read_text()
+                time.sleep(POLL_S)
+        yield head, nodes
+
+
+def _workers(node: subprocess.Popen[bytes]) -> list[str]:
+    """What a node's processes are called, its raylet among them."""
+    return [title(pid) for pid in descendants(node.pid)]
 
 
 def _node(scene: Scene) -> Told:
-    """The second node's raylet and all its workers are killed while it holds a captioner."""
+    """A node that holds a captioner is lost: its raylet and all its workers are killed."""
     out = scene.out("cluster", "node")
-    with _two_nodes(scene) as (head, node):
+    with _two_nodes(scene) as (head, nodes):
         scene.environments["cluster"] = {**head.env, "RAY_ADDRESS": head.address}
-        job = scene.job("cluster", "--num-captioners", "2")
+        job = scene.job("cluster", "--num-captioners", "2", engine="tests.faults.torch_engines:PatientTorch")
         undisturbed_s = scene.undisturbed_s("cluster", job)
-        is_begun, lost = committed(out), []
+        is_begun = committed(out)
+        lost: list[subprocess.Popen[bytes]] = []
 
         def lose(process: subprocess.Popen[bytes], start: int) -> None:
-            workers = [title(pid) for pid in descendants(node.pid)] if not lost and is_begun() else []
-            if any("DescribeRegions" in text for text in workers):
-                kill_tree(node)
-                lost.append(len(workers))
+            for node in nodes if not lost and is_begun() else ():
+                if any("DescribeRegions" in text for text in _workers(node)):
+                    lost.append(node)
+                    return kill_tree(node)
 
         seconds = scene.to_the_end(job, out, env=scene.environments["cluster"], during=lose)
-    assert lost, "the second node never held a captioner"
+    assert lost, "no node was lost: the job ended before"
     return Told(
         what="one of two nodes lost: kill -9 of its raylet and workers, after a commit", out=out, seconds=seconds,
         undisturbed_s=undisturbed_s,

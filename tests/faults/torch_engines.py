@@ -1,4 +1,4 @@
-"""The torch engine with a fault: what it captions it captions as the real one does, to the last bit."""
+"""The torch engine, slow or with a fault: what it captions it captions as the real one does, to the last bit."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import os
 import resource
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from meddam_core.engines.vision import Pending
 from tests.faults.engines import POISON
 
 NOTES = "MEDDAM_FAULTS_NOTES"
+WAIT_S = 0.3
 
 
 def _is_poisoned(request: Request) -> bool:
@@ -27,6 +29,14 @@ def _is_poisoned(request: Request) -> bool:
 class _Torch(TorchEngine):
     def __init__(self, folder: str, *, device: str, dtype: str, slots: int | None = None) -> None:
         super().__init__(load_dam(folder, device=device, dtype=getattr(torch, dtype)), max_batch=slots)
+
+
+class PatientTorch(_Torch):
+    """Waits before each batch, without the CPU: captioning goes on for long enough after the first commit."""
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        time.sleep(WAIT_S)
+        super().submit(requests)
 
 
 class KillingTorch(_Torch):
