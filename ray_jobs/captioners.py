@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +17,13 @@ from ray_jobs.judges import ActorPermits
 from ray_jobs.permits import end_permits, start_permits
 from ray_jobs.remote_captioner import RemoteSpec, endpoint_of
 
+logger = logging.getLogger(__name__)
+
 PATIENCE_S = 600.0
 """A remote endpoint that answers nothing for so long fails the captions that wait for it."""
+PROBE_CPUS = 0.25
+SAY_EVERY_S = 30.0
+"""A cluster without room for the first task says so this often: an autoscaler takes minutes, a dead node forever."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,8 +97,7 @@ def resolve(cfg: Config, prompts: tuple[Prompt, ...], begun: dict[str, str] | No
     num_captioners = cfg.num_captioners or max(1, gpus if device == "cuda" else 1)
     gpus_each = min(1.0, gpus / num_captioners) if device == "cuda" else 0.0
     num_threads = None if device == "cuda" else max(1, (os.cpu_count() or 1) // num_captioners)
-    probe = ray.remote(_probe).options(num_cpus=0.25, num_gpus=gpus_each, max_retries=0)
-    engine, kernels = ray.get(probe.remote(engine, cfg.model, device, dtype))
+    engine, kernels = _probed(engine, cfg.model, device, dtype, gpus_each)
     return CaptionerSpec(
         model=cfg.model, engine=engine, kernels=kernels, device=device, dtype=dtype, slots=cfg.slots,
         num_threads=num_threads, prompts=prompts, sampling=cfg.sampling, num_samples=cfg.num_samples,
@@ -104,6 +109,22 @@ def release(spec: AnySpec) -> None:
     """Lets go of what a spec holds in the cluster: a remote one its place at the endpoint's permits."""
     if isinstance(spec, RemoteSpec):
         end_permits(spec.permits.actor, spec.permits.run)
+
+
+def _probed(engine: str, model: str, device: str, dtype: str, gpus: float) -> tuple[str, str]:
+    """The engine and its kernels as a worker of the run finds them. Waits for a node with room, and says so."""
+    import ray
+
+    probe = ray.remote(_probe).options(num_cpus=PROBE_CPUS, num_gpus=gpus, max_retries=0)
+    found = probe.remote(engine, model, device, dtype)
+    while not ray.wait([found], timeout=SAY_EVERY_S)[0]:
+        free = ray.available_resources()
+        logger.info(
+            "waiting for a worker that tries the engine (needs %g CPU, %g GPU; free in the cluster: %g CPU, %g GPU); "
+            "`ray status` shows its nodes", PROBE_CPUS, gpus, free.get("CPU", 0.0), free.get("GPU", 0.0),
+        )  # fmt: skip
+    chosen: tuple[str, str] = ray.get(found)
+    return chosen
 
 
 def _probe(engine: str, model: str, device: str, dtype: str) -> tuple[str, str]:

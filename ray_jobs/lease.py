@@ -146,8 +146,8 @@ class _S3Lease:
                 raise LeaseHeld(_held_message(self._lease.uri, body))
             etag = now
         taken = self._put(IfMatch=etag) if etag else self._put(IfNoneMatch="*")
-        if taken is None:
-            raise LeaseHeld(_held_message(self._lease.uri, body))
+        if taken is None:  # of two that waited, the other was first
+            raise LeaseHeld(_held_message(self._lease.uri, self._current()[1]))
         return taken
 
     def _renew(self) -> None:
@@ -156,8 +156,6 @@ class _S3Lease:
             beat += 1
             try:
                 etag = self._put(IfMatch=self._etag, beat=beat)
-                if etag is None:
-                    etag = self._own_etag()  # a renewal whose answer got lost changed the etag all the same
             except Exception:  # noqa: BLE001 - a bucket may answer badly for a while; the ttl decides
                 if time.monotonic() - last > self._lease.ttl_s:
                     return self._lease.lost()
@@ -166,12 +164,12 @@ class _S3Lease:
                 return self._lease.lost()
             self._etag, last = etag, time.monotonic()
 
-    def _own_etag(self) -> str | None:
-        etag, body = self._current()
-        return etag if self._lease.owns(body) else None
-
     def _put(self, *, beat: int = 0, **condition: str) -> str | None:
-        """The new etag, or None when the condition does not hold."""
+        """The etag of this driver's lease, or None when the lease is another's.
+
+        A put whose answer got lost went through all the same; boto3 sends it again, and its condition no longer holds.
+        So a refusal counts only where the object is not this driver's own.
+        """
         from botocore.exceptions import ClientError
 
         try:
@@ -179,9 +177,10 @@ class _S3Lease:
                 Bucket=self._bucket, Key=self._key, Body=self._lease.body(beat), **condition
             )
         except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
-                return None
-            raise
+            if error.response["Error"]["Code"] not in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                raise
+            etag, body = self._current()
+            return etag if self._lease.owns(body) else None
         return str(answer["ETag"])
 
     def _current(self) -> tuple[str, bytes]:

@@ -3,8 +3,8 @@
     with faulty(endpoint, Faults(throttled=0.1, cut=0.05)) as server:
         os.environ["AWS_ENDPOINT_URL"] = server.url
 
-Faults: 503 SlowDown, connections reset before an answer, bodies that end in the middle, bodies that come in drips, and
-403 ExpiredToken from a given request on.
+Faults: 503 SlowDown, connections reset before an answer, bodies that end in the middle, bodies that come in drips,
+answers of puts that get lost when they were carried out, and 403 ExpiredToken from a given request on.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, BinaryIO
+from io import BufferedIOBase
+from typing import Any
 from urllib.parse import quote, urlsplit
 
 _HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "trailer", "upgrade", "proxy-connection"}
@@ -35,6 +36,8 @@ class Faults:
     """Of answers with a body of some size: half of it comes, then the connection ends."""
     slow: float = 0.0
     slow_s: float = 0.3
+    unanswered: int = 0
+    """The next so many puts that succeed: the connection ends without the answer."""
     expired_after: int | None = None
     """Requests that are answered before the credentials expire."""
     seed: int = 0
@@ -76,6 +79,13 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
             server.given[chosen] += 1
             return chosen
 
+    def unanswered() -> bool:
+        with lock:
+            if lost := faults.unanswered > 0:
+                faults.unanswered -= 1
+                server.given["unanswered"] += 1
+            return lost
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
@@ -97,6 +107,9 @@ def faulty(endpoint: str, faults: Faults) -> Iterator[Server]:
             answer = connection.getresponse()
             data = answer.read()
             connection.close()
+            if self.command == "PUT" and answer.status == 200 and unanswered():
+                self.close_connection = True
+                return None
             self.send_response_only(answer.status, answer.reason)
             length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
             for name, value in answer.getheaders():
@@ -152,7 +165,7 @@ def _named(method: str, path: str, body: bytes) -> list[tuple[str, str]]:
     return [(method, path)]
 
 
-def _chunks(stream: BinaryIO) -> bytes:
+def _chunks(stream: BufferedIOBase) -> bytes:
     """A body in HTTP's chunked transfer encoding, whole."""
     parts = []
     while size := int(stream.readline().split(b";")[0], 16):

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from meddam_core import storage
+from meddam_core.models import default_model
 from meddam_core.records import Image, Region, image_id, region_id
 from meddam_core.shards import read_shard, write_shard
 from ray_jobs.audit import audit
 from ray_jobs.checkpoints import PENDING
-from ray_jobs.demo import default_model
 from ray_jobs.progress import duration
 from ray_jobs.run_directory import RunDirectory
 from tests.faults.processes import PeakMemory, kill

@@ -82,6 +82,31 @@ def test_a_renewal_whose_answer_was_lost_keeps_the_lease(s3_bucket: str) -> None
 
 
 @pytest.mark.s3
+def test_a_first_put_whose_answer_was_lost_is_the_drivers_own_and_is_not_waited_for(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faulty(s3_endpoint, Faults(unanswered=1)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with Lease(f"{s3_bucket}/run", ttl_s=4):
+            assert server.given["unanswered"] == 1
+            reads = [n for (method, path), n in server.asked.items() if method == "GET" and "run/lease" in path]
+            assert sum(reads) == 1, "whose it is was looked up once; it was not watched"
+
+
+@pytest.mark.s3
+def test_a_takeover_whose_answer_was_lost_is_not_refused_to_itself(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = _holder(f"{s3_bucket}/run", ttl_s=1)
+    first.kill()
+    first.wait()
+    with faulty(s3_endpoint, Faults(unanswered=1)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        with Lease(f"{s3_bucket}/run", ttl_s=1):
+            assert server.given["unanswered"] == 1
+
+
+@pytest.mark.s3
 def test_a_takeover_outlives_bodies_that_break_off(
     s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
