@@ -99,8 +99,9 @@ def _expected(shards: list[InputShard]) -> tuple[NDArray[np.int64], NDArray[np.i
     """(region ids that must have captions, ids of images without regions), both sorted."""
     with ThreadPoolExecutor(16) as pool:
         facts = list(pool.map(lambda s: shard_facts(s.uri), shards))
-    regions = np.concatenate([f.region_ids for f in facts])
-    without = np.concatenate([f.image_ids[f.num_regions == 0] for f in facts])
+    none = np.empty(0, np.int64)  # of a run whose every image was withdrawn
+    regions = np.concatenate([none, *(f.region_ids for f in facts)])
+    without = np.concatenate([none, *(f.image_ids[f.num_regions == 0] for f in facts)])
     return np.sort(regions), np.sort(without)
 
 

@@ -44,6 +44,15 @@ def _free(shards: Sequence[InputShard]) -> int:
     return max(s.last_id >> ROW_BITS for s in shards) + 1
 
 
+def as_they_are(shards: Sequence[InputShard]) -> list[InputShard]:
+    """The same shards as they are now: those without images left out, those that are gone as they were."""
+    folders = {s.uri.rpartition("/")[0] for s in shards}
+    there = {o.uri: o for folder in folders for o in storage.list_objects(folder + "/", ".parquet")}
+    with ThreadPoolExecutor(16) as pool:
+        now = list(pool.map(lambda s: _shard(there[s.uri]) if s.uri in there else s, shards))
+    return [s for s in now if s.num_images]
+
+
 def changed(then: Sequence[InputShard], now: Sequence[InputShard]) -> list[str]:
     """What is different between two snapshots, a short sentence each; [] where they are equal."""
     before, after = {s.uri: s for s in then}, {s.uri: s for s in now}

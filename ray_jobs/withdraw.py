@@ -6,13 +6,15 @@
     meddam withdraw s3://lab/exports/set1 --patient-key 5f0c...
 
 A place is a dataset of `meddam ingest`, a run, or any folder below which rows lie as Parquet: exports, judgements. Give
-all places at once: rows that name no patient are known by the image ids of those that do. Each file with such rows is
-replaced by one without; a run's and a dataset's counts follow, pages with pictures are deleted, and withdrawn.json
-records date and numbers. It keeps no name: the patient only as a hash of the keyed hash.
+a dataset and all that was made of it at once: rows that name no patient are known by the image ids of those that do.
+Each file with such rows is replaced by one without; a run's and a dataset's counts follow, pages with pictures are
+deleted, judgings of the captions are to be made again, and withdrawn.json records date and numbers. It keeps no name:
+the patient only as a hash of the keyed hash.
 
 Invariants:
 - a file is replaced whole or not at all, and a withdrawal that was interrupted is finished by running it again;
-- nobody works at a place meanwhile: its lease is held;
+- nobody works at a place or in a folder below it meanwhile: their leases are held before the files are listed;
+- whose row it is, is known, or nothing is changed;
 - what cannot be looked into (JSON, tars, other tables) is listed, never passed over in silence.
 """
 
@@ -21,32 +23,33 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core import storage
 from meddam_core.imaging.deidentify import keyed_hash
-from meddam_core.records import REGION_BITS
-from meddam_core.shards import appearing_whole
-from ray_jobs.audit import audit
+from ray_jobs.ingest import DATASET
+from ray_jobs.ingest import PLAN as INGEST
+from ray_jobs.judging_directory import JUDGE
 from ray_jobs.lease import Lease
 from ray_jobs.module_command import run_as
-from ray_jobs.run_directory import RUN, SUMMARY, RunDirectory
-from ray_jobs.snapshot import snapshot
+from ray_jobs.patient_rows import Patient, count_rows, find_patient, take_out
+from ray_jobs.recount import recount
+from ray_jobs.run_directory import INPUTS, MANIFEST, RUN, SUMMARY, RunDirectory
+from ray_jobs.summary import EXIT_HELD
 
 RECORD, BEGUN = "withdrawn.json", "_withdrawing.json"
 SECRET = "MEDDAM_SECRET"
-_KNOWN_FILES = ("dataset.json", "ingest.json", "run.json", "summary.json", "manifest.json", "progress.json", RECORD)
+LEASE = "lease"
+_WORKED_AT = {RUN, DATASET, INGEST, JUDGE, LEASE}
+"""Files of folders at which a job may be at work."""
+_KNOWN_FILES = {*_WORKED_AT, SUMMARY, MANIFEST, RECORD, "progress.json", "budget.json"}
 
 
 class Config(BaseModel):
@@ -81,6 +84,8 @@ class Summary(BaseModel):
     num_files: int
     """Files that were replaced."""
     deleted_pages: list[str]
+    judge_again: list[str]
+    """Judgings whose verdict files were deleted, because the captions they were about have moved."""
     not_looked_into: list[str]
     """Files of other kinds below the places: look at them yourself, or make them again."""
     dry_run: bool
@@ -96,6 +101,7 @@ class Summary(BaseModel):
         text = [f"{self.num_images:,} images of the patient; {sum(self.num_rows.values()):,} rows {verb} taken out"]
         text += [f"  {count:>8,}  rows of {place}" for place, count in self.num_rows.items()]
         text += [f"  deleted: {page}" for page in self.deleted_pages if not self.dry_run]
+        text += [f"  to be judged again: {name}; decided verdicts are in its cache" for name in self.judge_again]
         text += [f"  not looked into: {name}" for name in self.not_looked_into]
         if not self.dry_run and any(storage.is_s3(place) for place in self.num_rows):
             text.append("  a bucket with versions keeps the old objects: let its lifecycle rule delete them")
@@ -105,48 +111,163 @@ class Summary(BaseModel):
 def run(cfg: Config) -> Summary:
     """Takes the patient's rows out.
 
-    Raises ValueError where a place is not there or no secret is given, LeaseHeld where somebody is at work.
+    Raises ValueError where a place is not there, where it cannot be told whose rows they are or no secret is given;
+    LeaseHeld where somebody is at work.
     """
     key = cfg.patient_key or keyed_hash(_secret(cfg), f"patient:{cfg.patient_id}")
-    files = {place: storage.list_objects(place.rstrip("/") + "/") for place in cfg.places}
-    for place, found in files.items():
-        if not found:
-            raise ValueError(f"{place}: there is nothing; give datasets, runs or folders of rows")
+    places = _places(cfg)
     with ExitStack() as held:
-        if not cfg.dry_run:
-            for place in cfg.places:
-                held.enter_context(Lease(place))
-        tables = {place: [o.uri for o in found if o.uri.endswith(".parquet")] for place, found in files.items()}
-        begun = [storage.join(place, BEGUN) for place in cfg.places]
-        ids = np.union1d(_image_ids([u for some in tables.values() for u in some], key), _begun(begun))
-        if not cfg.dry_run:
-            for uri in begun:  # were this cut off, rows without a patient's key could not be told any more
-                storage.write_bytes(uri, json.dumps([str(i) for i in ids.tolist()]).encode())
-        changed = {place: _without(some, key, ids, cfg.dry_run) for place, some in tables.items()}
-        touched = [place for place, rows in changed.items() if any(rows.values())]
-        pages = [o.uri for place in touched for o in files[place] if o.uri.endswith(".html")]
-        summary = Summary(
-            num_images=len(ids), num_rows={place: sum(rows.values()) for place, rows in changed.items()},
-            num_files=sum(n > 0 for rows in changed.values() for n in rows.values()), deleted_pages=pages,
-            not_looked_into=[o.uri for found in files.values() for o in found if not _known(o.uri)],
-            dry_run=cfg.dry_run,
-        )  # fmt: skip
-        if not cfg.dry_run:
-            for page in pages:
-                storage.delete(page)
-            for place in cfg.places:  # also those that an interrupted withdrawal had reached
-                _recount(place)
-            for place in touched:
-                _record(place, key, summary)
-            for uri in begun:
-                storage.delete(uri)
+        files = _listed(places) if cfg.dry_run else _leased(places, held)
+        begun = _read_begun(places, key)
+        tables = [uri for uri in files if uri.endswith(".parquet")]
+        patient = _joined(find_patient(tables, key), begun)
+        _check_lineage(files, patient)
+        left = count_rows(tables, patient)
+        rows = {uri: max(left.get(uri, 0), begun.rows.get(uri, 0)) for uri in left.keys() | begun.rows.keys()}
+        summary = _summary(cfg, places, files, patient, rows)
+        if not cfg.dry_run and rows:
+            begun = _write_begun(places, patient, rows, begun.at)
+            for uri in left:
+                take_out(uri, patient)
+            _follow_up(files, rows, summary)
+            for place, num in summary.num_rows.items():
+                if num:
+                    _record(place, begun, summary)
+            for place in places:
+                storage.delete(storage.join(place, BEGUN))
         return summary
 
 
-def _begun(uris: Sequence[str]) -> NDArray[np.int64]:
-    """Image ids of a withdrawal that was interrupted."""
-    found = [json.loads(storage.read_bytes(uri)) for uri in uris if storage.exists(uri)]
-    return np.array([int(i) for some in found for i in some], np.int64)
+class Begun(BaseModel):
+    """What a withdrawal is about to do, at each place until it is done: whoever finishes it needs to know."""
+
+    patient: str
+    """Hash of the patient's key."""
+    at: str
+    images: dict[str, list[str]] = {}
+    """Image ids by dataset; once the shards are replaced, no row names them any more."""
+    rows: dict[str, int] = {}
+    """The patient's rows by table, before the first was replaced."""
+
+
+def _places(cfg: Config) -> list[str]:
+    """The places in the form in which files are listed, without those that lie in another."""
+    places = list(dict.fromkeys(RunDirectory(place).uri for place in cfg.places))
+    return [p for p in places if not any(p.startswith(other + "/") for other in places)]
+
+
+def _listed(places: Sequence[str]) -> list[str]:
+    files = []
+    for place in places:
+        found = [o.uri for o in storage.list_objects(place + "/")]
+        if not found:
+            raise ValueError(f"{place}: there is nothing; give datasets, runs or folders of rows")
+        files += found
+    return files
+
+
+def _leased(places: Sequence[str], held: ExitStack) -> list[str]:
+    """The files, listed again until the leases of all folders below at which a job may be at work are held."""
+    taken: set[str] = set()
+    files = _listed(places)
+    while missing := {*places, *_folders_with(_WORKED_AT, files)} - taken:
+        for folder in sorted(missing):
+            held.enter_context(Lease(folder, on_lost=_give_way))
+        taken |= missing
+        files = [uri for uri in _listed(places) if not uri.endswith("/" + LEASE)]
+    return files
+
+
+def _folders_with(names: set[str], files: Sequence[str]) -> set[str]:
+    return {folder for folder, _, name in (uri.rpartition("/") for uri in files) if name in names}
+
+
+def _read_begun(places: Sequence[str], key: str) -> Begun:
+    """What a withdrawal of this patient that was interrupted was about to do. Raises ValueError for another patient."""
+    found = Begun(patient=_hash(key), at=datetime.now(UTC).isoformat(sep=" ", timespec="seconds"))
+    for uri in (storage.join(place, BEGUN) for place in places):
+        if storage.exists(uri):
+            earlier = Begun.model_validate_json(storage.read_bytes(uri))
+            if earlier.patient != found.patient:
+                raise ValueError(f"{uri}: the withdrawal of another patient was interrupted; run that one again first")
+            images = {d: sorted({*found.images.get(d, []), *ids}) for d, ids in earlier.images.items()}
+            found = Begun(
+                patient=found.patient, at=min(found.at, earlier.at), images=found.images | images,
+                rows=found.rows | earlier.rows,
+            )  # fmt: skip
+    return found
+
+
+def _write_begun(places: Sequence[str], patient: Patient, rows: Mapping[str, int], at: str) -> Begun:
+    images = {d: [str(i) for i in ids.tolist()] for d, ids in patient.images.items()}
+    begun = Begun(patient=_hash(patient.key), at=at, images=images, rows=dict(rows))
+    for place in places:
+        storage.write_bytes(storage.join(place, BEGUN), begun.model_dump_json().encode())
+    return begun
+
+
+def _joined(patient: Patient, begun: Begun) -> Patient:
+    images = dict(patient.images)
+    for dataset, ids in begun.images.items():
+        images[dataset] = np.union1d(
+            images.get(dataset, np.empty(0, np.int64)), np.array([int(i) for i in ids], np.int64)
+        )
+    return Patient(key=patient.key, images=images)
+
+
+def _check_lineage(files: Sequence[str], patient: Patient) -> None:
+    """What is unfinished, or made of shards that keep the patient, would bring the patient back."""
+    given = set(files)
+    for dataset in sorted(_folders_with({INGEST}, files)):
+        if storage.join(dataset, DATASET) not in given:
+            raise ValueError(f"{dataset}: its ingest is not finished; run the same `meddam ingest` again first")
+    for run_uri in sorted(_folders_with({RUN}, files)):
+        if storage.join(run_uri, INPUTS) not in given:
+            continue
+        others = [s.uri for s in RunDirectory(run_uri).inputs() if s.uri not in given and storage.exists(s.uri)]
+        if found := [uri for uri in others if count_rows([uri], find_patient([uri], patient.key))]:
+            raise ValueError(
+                f"{run_uri} was made of {found[0]}, which holds rows of the patient and lies in none of the places; "
+                "give its dataset too"
+            )
+
+
+def _summary(
+    cfg: Config, places: Sequence[str], files: Sequence[str], patient: Patient, rows: Mapping[str, int]
+) -> Summary:
+    homes = {*places, *_folders_with({DATASET, RUN}, files)}
+    touched = {_home(uri, homes) for uri in rows}
+    moved = {uri.rpartition("/captions/")[0] for uri in rows if "/captions/" in uri}
+    judgings = sorted(_folders_with({JUDGE}, files))
+    return Summary(
+        num_images=patient.num_images,
+        num_rows={place: sum(n for uri, n in rows.items() if uri.startswith(place + "/")) for place in places},
+        num_files=len(rows),
+        deleted_pages=[u for u in files if u.endswith(".html") and _home(u, homes) in touched],
+        judge_again=[j for j in judgings if any(j.startswith(run_uri + "/") for run_uri in moved)],
+        not_looked_into=[uri for uri in files if not _known(uri)], dry_run=cfg.dry_run,
+    )  # fmt: skip
+
+
+def _follow_up(files: Sequence[str], rows: Mapping[str, int], summary: Summary) -> None:
+    """Pages, judgings and counts after the rows."""
+    for page in summary.deleted_pages:
+        storage.delete(page)
+    for judging in summary.judge_again:  # a verdict file is named by its first row in the caption file, which moved
+        storage.delete(storage.join(judging, SUMMARY))
+        for uri in files:
+            if uri.startswith(storage.join(judging, "verdicts") + "/"):
+                storage.delete(uri)
+    for folder in sorted(_folders_with({DATASET, RUN}, files)):
+        recount(folder)
+
+
+def _home(uri: str, homes: set[str]) -> str:
+    """The innermost dataset, run or place that a file belongs to."""
+    folder = uri.rpartition("/")[0]
+    while folder and folder not in homes:
+        folder = folder.rpartition("/")[0]
+    return folder
 
 
 def _secret(cfg: Config) -> bytes:
@@ -156,104 +277,32 @@ def _secret(cfg: Config) -> bytes:
     return text.strip()
 
 
-def _image_ids(uris: Sequence[str], key: str) -> NDArray[np.int64]:
-    """Ids of the images that rows of the patient name, sorted."""
-    ids = [np.empty(0, np.int64)]
-    for uri in uris:
-        with _opened(uri) as file:
-            if {"patient_key", "image_id"} <= set(file.schema_arrow.names):
-                for batch in file.iter_batches(columns=["patient_key", "image_id"]):
-                    mine = np.asarray(pc.fill_null(pc.equal(batch["patient_key"], key), False))
-                    ids.append(np.asarray(batch["image_id"])[mine])
-    return np.unique(np.concatenate(ids))
-
-
-def _without(uris: Sequence[str], key: str, ids: NDArray[np.int64], dry_run: bool) -> dict[str, int]:
-    """Rows of the patient in each file; the files are replaced by ones without them."""
-    counts = {}
-    for uri in uris:
-        with _opened(uri) as file:
-            names = [n for n in ("patient_key", "image_id", "region_id") if n in file.schema_arrow.names]
-            mine = _is_mine(file.read(columns=names), key, ids) if names else np.zeros(0, bool)
-            counts[uri] = int(mine.sum())
-            if counts[uri] and not dry_run:
-                _replace(uri, file, mine)
-    return counts
-
-
-def _is_mine(rows: pa.Table, key: str, ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    mine = np.zeros(len(rows), bool)
-    if "patient_key" in rows.column_names:
-        mine |= np.asarray(pc.fill_null(pc.equal(rows["patient_key"], key), False))
-    if "image_id" in rows.column_names:
-        mine |= np.isin(_numbers(rows["image_id"]), ids)
-    elif "region_id" in rows.column_names:
-        mine |= np.isin(_numbers(rows["region_id"]) >> REGION_BITS, ids)
-    return mine
-
-
-def _numbers(column: pa.ChunkedArray) -> NDArray[np.int64]:
-    """Ids as numbers; exports write them as text, because JavaScript rounds them."""
-    return np.asarray(pc.fill_null(pc.cast(column, pa.int64()), -1), np.int64)
-
-
-def _replace(uri: str, file: pq.ParquetFile, mine: NDArray[np.bool_]) -> None:
-    """The file without some of its rows: the same schema, metadata and compression, row group by row group."""
-    first = file.metadata.row_group(0)
-    codecs = {first.column(i).path_in_schema: first.column(i).compression.lower() for i in range(first.num_columns)}
-    codecs = {path: "none" if codec == "uncompressed" else codec for path, codec in codecs.items()}
-    own = {k.decode(): v.decode() for k, v in (file.metadata.metadata or {}).items() if k.startswith(b"meddam.")}
-    with appearing_whole(uri) as path, pq.ParquetWriter(path, file.schema_arrow, compression=codecs) as writer:
-        start = 0
-        for number in range(file.num_row_groups):
-            group = file.read_row_group(number)
-            writer.write_table(group.filter(pa.array(~mine[start : start + len(group)])))
-            start += len(group)
-        writer.add_key_value_metadata(own)
-
-
-def _opened(uri: str) -> Any:
-    fs, path = storage.open_uri(uri)
-    return pq.ParquetFile(path, filesystem=fs)
-
-
 def _known(uri: str) -> bool:
     """Whether a file is a table that was looked into, or holds counts and settings only."""
-    name = uri.rpartition("/")[2]
-    return uri.endswith((".parquet", ".html")) or name in (*_KNOWN_FILES, "lease")
+    return uri.endswith((".parquet", ".html")) or uri.rpartition("/")[2] in _KNOWN_FILES
 
 
-def _recount(place: str) -> None:
-    """Brings a dataset's or a run's own counts in line with its rows."""
-    dataset = storage.join(place, "dataset.json")
-    if storage.exists(dataset):
-        said = json.loads(storage.read_bytes(dataset))
-        shards = snapshot([place])
-        said |= {"num_images": sum(s.num_images for s in shards), "num_regions": sum(s.num_regions for s in shards)}
-        storage.write_bytes(dataset, json.dumps(said, indent=2).encode())
-    directory = RunDirectory(place)
-    described, summary = directory.read_json(RUN), directory.read_json(SUMMARY)
-    if described is None or summary is None:
-        return
-    directory.write_inputs(snapshot(described["config"]["shards"]))  # with the etags of the shards as they are now
-    found = audit(directory)
-    directory.write_json(
-        summary | {
-            "num_images": found.num_images, "num_regions": found.num_regions, "num_captions": found.num_published,
-            "by_status": found.by_status, "by_reason": found.by_reason, "audit": found.to_json(),
-        }, SUMMARY,
-    )  # fmt: skip
-
-
-def _record(place: str, key: str, summary: Summary) -> None:
+def _record(place: str, begun: Begun, summary: Summary) -> None:
+    """An entry for this withdrawal, once, however often it was interrupted."""
     uri = storage.join(place, RECORD)
     before = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else []
     entry = {
-        "at": datetime.now(UTC).isoformat(sep=" ", timespec="seconds"),
-        "patient": hashlib.sha256(key.encode()).hexdigest(), "num_images": summary.num_images,
+        "at": begun.at, "patient": begun.patient, "num_images": summary.num_images,
         "num_rows": summary.num_rows[place], "not_looked_into": summary.not_looked_into,
     }  # fmt: skip
-    storage.write_bytes(uri, json.dumps([*before, entry], indent=2).encode())
+    others = [e for e in before if (e["at"], e["patient"]) != (begun.at, begun.patient)]
+    storage.write_bytes(uri, json.dumps([*others, entry], indent=2).encode())
+
+
+def _hash(key: str) -> str:
+    return hashlib.sha256(key.encode()).hexdigest()
+
+
+def _give_way() -> None:
+    """Somebody took a place over: end at once; running it again finishes it."""
+    sys.stderr.write("meddam: lost the lease of a place to another job; stopping\n")
+    sys.stderr.flush()
+    os._exit(EXIT_HELD)
 
 
 if __name__ == "__main__":  # the same options as `meddam withdraw`
