@@ -43,14 +43,13 @@ class Patient:
         return sum(len(ids) for ids in self.images.values())
 
     def is_mine(self, rows: pa.Table) -> NDArray[np.bool_]:
-        """Which rows are the patient's: by the key, or where they have none, by dataset and image."""
-        mine = np.zeros(len(rows), np.bool_)
-        by_image = self.by_image(rows)
+        """Which rows are the patient's: by the key, or in tables without keys by dataset and image.
+
+        A row without a key in a table of keys is of a patient whom nobody knows.
+        """
         if "patient_key" in rows.column_names:
-            keys = rows["patient_key"]
-            mine |= np.asarray(pc.fill_null(pc.equal(keys, self.key), False))
-            by_image &= np.asarray(pc.is_null(keys))
-        return mine | by_image
+            return np.asarray(pc.fill_null(pc.equal(rows["patient_key"], self.key), False))
+        return self.by_image(rows)
 
     def has_image_of(self, rows: pa.Table) -> NDArray[np.bool_]:
         """Which rows name an image id that is the patient's in some dataset."""

@@ -107,12 +107,13 @@ def test_a_patient_can_be_found_and_withdrawn(reader: Reader, films: None) -> No
     assert "crosswalk: 2 patients, 4 studies" in told
     assert (reader.folder / "crosswalk.csv").stat().st_mode & 0o777 == 0o600
     secret = reader.written("docs/security.md", "export MEDDAM_SECRET=")
-    withdraw = secret + "; meddam withdraw s3://lab/chest s3://lab/films s3://lab/runs/one --patient-id P1"
+    reader.types("meddam caption s3://lab/films --out s3://lab/runs/films --model /weights/DAM-3B")
+    withdraw = secret + "; meddam withdraw s3://lab/films s3://lab/runs/films --patient-id P1"
     assert reader.written("docs/security.md", "meddam withdraw").startswith(
         "meddam withdraw s3://lab/vindr s3://lab/runs"
     )
     assert "2 images of the patient" in reader.types(withdraw)
-    assert "clean: 2 images" in reader.types("meddam audit s3://lab/runs/one")
+    assert "clean: 2 images" in reader.types("meddam audit s3://lab/runs/films")
 
 
 def test_from_captions_to_scores_and_training_data(reader: Reader) -> None:
