@@ -292,8 +292,8 @@ async def _replies(
     """The judge's reply to every question, an annotation at a time; those of an earlier start are kept."""
     key = os.environ.get(cfg.api_key_env) or "none"
     client = make_client(endpoint, key, timeout_s=cfg.timeout_s)
-    permits = Permits(Limits(requests_per_min=cfg.requests_per_min, max_concurrent=cfg.max_concurrent), cfg.timeout_s)
-    await permits.join("dlc-bench", permits.limits, None, None)
+    permits = Permits(Limits(requests_per_min=cfg.requests_per_min, max_concurrent=cfg.max_concurrent))
+    await permits.join("dlc-bench", permits.limits, None, None, timeout_s=cfg.timeout_s)
     stored: dict[str, Any] = json.loads(file.read_text()) if file.is_file() else {}
     wanted = {"judge": cfg.judge_model, "captions": {k: captions[k] for k in questions}}
     if stored and {k: stored[k] for k in wanted} != wanted:

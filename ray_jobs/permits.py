@@ -8,7 +8,8 @@ Notes:
 - One actor a endpoint, by name, in the cluster: two judge jobs on one endpoint share its minute.
 - Rates belong to the endpoint, dollars to the run. Both are put down about once a second, so that a job that was killed
   goes on with what it has spent, and does not take a second minute's allowance.
-- First come, first served; a call whose caller died is given up for lost after a while, and counts as paid.
+- First come, first served; a call whose caller died is given up for lost after a while, and counts as paid. What a
+  killed driver held and waited for is given up when its run comes back, or any other joins.
 - An outage (nothing but failures for a while) pauses everybody and is nobody's fault; when it lasts longer than the
   patience, runs are stopped, to be resumed.
 """
@@ -17,17 +18,21 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
+import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Awaitable, Callable, Collection, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from meddam_core import storage
 from meddam_core.judging.budget import Limits, Permit, PermitBook, Spent
+from ray_jobs.purses import Purse, age_s, moment, put_down
 from ray_jobs.session import beside_the_driver
+
+logger = logging.getLogger(__name__)
 
 Ending = Literal["answered", "limited", "failed", "refused"]
 """answered: a reply came. limited: 429. failed: an error that may pass. refused: one that will not."""
@@ -72,71 +77,67 @@ class Settled:
     reset_s: float | None = None
 
 
-@dataclass(slots=True)
-class Purse:
-    """What one run may spend, and has."""
-
-    max_usd: float | None
-    state_uri: str | None
-    spent_usd: float = 0.0
-    reserved_usd: float = 0.0
-    num_calls: int = 0
-    num_answered: int = 0
-    num_limited: int = 0
-    num_failed: int = 0
-    num_tokens: int = 0
-    num_lost: int = 0
-    """Calls of drivers and workers that were killed: begun, never settled. They may have been paid twice."""
-    earlier: dict[str, float] = field(default_factory=dict)
-
-    def state(self) -> dict[str, Any]:
-        """What a resumed run must know."""
-        names = ("num_calls", "num_answered", "num_limited", "num_failed", "num_tokens", "num_lost")
-        return {"spent_usd": self.spent_usd + self.reserved_usd, **{n: getattr(self, n) for n in names}}
-
-
 class Permits:
     """The actor. Its methods run one at a time but for their waiting. See the module's text.
 
     Args:
         limits: the endpoint's; dollars are the runs' own.
-        timeout_s: after which callers give a call up themselves.
-        patience_s: how long nothing but failures may come before runs are stopped.
         clock, sleep: time; a test turns it.
     """
 
     def __init__(
-        self, limits: Limits, timeout_s: float = 60.0, patience_s: float = 600.0,
-        clock: Callable[[], float] = time.monotonic, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        self, limits: Limits, clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:  # fmt: skip
         self.limits = limits
         self.book = PermitBook(limits, clock)
         self._clock = clock
         self._sleep = sleep
-        self._timeout_s = timeout_s
-        self._patience_s = patience_s
         self._purses: dict[str, Purse] = {}
+        self._ids = itertools.count()
+        """Of grants, over all books: what is settled late must not settle another's call."""
         self._open: dict[int, tuple[str, Permit]] = {}
         self._holders: dict[str, str] = {}
         self._gone: set[str] = set()
         self._turn = asyncio.Lock()
         self._changed = asyncio.Event()
         self._failures = 0
-        self._last_answer = clock()
-        self._waited_since: float | None = None
+        self._failing_since = clock()
+        """When the first of the failures in a row came."""
         self._saved = -math.inf
+        self._unwritten: Collection[str] = ()
 
-    async def join(self, run: str, limits: Limits, max_usd: float | None, state_uri: str | None) -> str | None:
-        """A run begins. Returns why it can't, or None."""
-        if limits != self.limits and self._purses:
-            return f"another job judges with this endpoint under other limits ({self.limits}); give the same"
-        if not self._purses:  # nobody is at it: the new limits hold, for a book that starts empty
-            self.limits, self.book = limits, PermitBook(limits, self._clock)
-        purse = Purse(max_usd, state_uri)
+    async def join(
+        self, run: str, limits: Limits, max_usd: float | None, state_uri: str | None, *, timeout_s: float = 60.0,
+        patience_s: float = 600.0, job: str = "", over: Collection[str] = (),
+    ) -> str | None:  # fmt: skip
+        """A run begins, and what it or a job that is over left behind is given up. Returns why it can't, or None.
+
+        Args:
+            timeout_s: after which the run's callers give a call up themselves.
+            patience_s: how long nothing but failures may come before the run is stopped.
+            job: the Ray job of the run's driver.
+            over: Ray jobs whose drivers are gone.
+        """
+        for name in [n for n, purse in self._purses.items() if n != run and purse.job in over]:
+            self._drop(name)
+        earlier = self._drop(run)
+        if limits != self.limits:
+            if self._purses:
+                used = f"used under other limits ({self.limits}) by {', '.join(sorted(self._purses))}"
+                return f"this endpoint is {used}; give the same, or wait for the end of that"
+            self.limits, self.book = limits, PermitBook(limits, self._clock)  # nobody is at it
+        purse = Purse(max_usd, state_uri, timeout_s, patience_s, job)
         if state_uri is not None and storage.exists(state_uri):
-            self._take_up(purse, json.loads(storage.read_bytes(state_uri)))
+            state = json.loads(storage.read_bytes(state_uri))
+            if earlier is not None and earlier.num_calls >= state["num_calls"]:  # it knows more than was put down
+                purse.take_over(earlier)
+            else:
+                purse.take_up(state)
+            if not self.book.num_granted:
+                self.book.restore({**state["book"], "spent_usd": 0.0}, age_s(state.get("saved")))
         self._purses[run] = purse
-        self._failures, self._last_answer = 0, self._clock()
+        self._failures = 0
         return None
 
     async def acquire(self, run: str, tokens: float, usd: float, holder: str = "") -> Grant | Refusal:
@@ -145,6 +146,7 @@ class Permits:
         `holder` names the process that calls, where it is the run's only one: when another comes, the one before it has
         died, and what it held or waited for is given up.
         """
+        purse = self._purses.get(run)
         if holder and self._holders.get(run) != holder and holder not in self._gone:
             if run in self._holders:
                 self._gone.add(self._holders[run])
@@ -153,24 +155,24 @@ class Permits:
             self._changed.set()
         async with self._turn:
             while True:
-                if holder in self._gone:
+                if purse is None or self._purses.get(run) is not purse or holder in self._gone:
                     return Refusal("another process has taken over")
-                if (refusal := self._refusal(run, usd)) is not None:
+                if (refusal := self._refusal(purse, usd)) is not None:
                     return refusal
                 self._give_up_lost()
-                if self._beyond(run, usd):  # what running calls have reserved may be more than they will cost
-                    await self._wait(self._timeout_s)
+                if purse.is_beyond(usd):  # what running calls have reserved may be more than they will cost
+                    await self._wait(purse.timeout_s)
                     continue
                 answer = self.book.ask(tokens)
                 if isinstance(answer, Spent):
                     return Refusal(answer.reason, stops=False)
                 if isinstance(answer, Permit):
-                    purse = self._purses[run]
                     purse.num_calls += 1
                     purse.reserved_usd += usd
                     answer.usd = usd
-                    self._open[answer.id] = (run, answer)
-                    return Grant(answer.id)
+                    grant = Grant(next(self._ids))
+                    self._open[grant.id] = (run, answer)
+                    return grant
                 await self._wait(answer.seconds)
 
     async def settle(self, calls: Sequence[Settled]) -> bool:
@@ -183,7 +185,7 @@ class Permits:
         self._changed.set()
         if self._clock() - self._saved >= SAVE_EVERY_S:
             self._saved = self._clock()
-            await asyncio.to_thread(self._put, self._states())
+            await self._save()
         return self._failures >= OUTAGE_AFTER
 
     async def totals(self, run: str) -> dict[str, Any]:
@@ -197,16 +199,29 @@ class Permits:
     async def leave(self, run: str) -> bool:
         """A run has ended. Returns whether no other is left."""
         self._give_up_lost(run)
-        await asyncio.to_thread(self._put, self._states())
-        self._purses.pop(run, None)
-        self._holders.pop(run, None)
+        await self._save()
+        self._drop(run)
         return not self._purses
 
     # -- within --------------------------------------------------------------------------------------------------------
 
+    def _drop(self, run: str) -> Purse | None:
+        """A run's purse, taken away; its calls count as paid, and who waits for a permit of it gets none."""
+        self._give_up_lost(run)
+        self._holders.pop(run, None)
+        self._changed.set()
+        return self._purses.pop(run, None)
+
+    async def _save(self) -> None:
+        """Puts down what a restart must know. What cannot be written is told once, and goes with the next save."""
+        unwritten = await asyncio.to_thread(put_down, self._states())
+        for uri in unwritten.keys() - set(self._unwritten):
+            logger.warning("%s; what the run has spent is put down later", unwritten[uri])
+        self._unwritten = unwritten.keys()
+
     def _states(self) -> dict[str, bytes]:
         """What a restart must know of each run, by where it is put."""
-        shared = {"saved": _moment(), "book": self.book.state()}
+        shared = {"saved": moment(), "book": self.book.state()}
         return {
             purse.state_uri: json.dumps(
                 {**shared, **purse.state(), "num_open": sum(name == run for name, _ in self._open.values())}
@@ -215,30 +230,11 @@ class Permits:
             if purse.state_uri is not None
         }
 
-    @staticmethod
-    def _put(states: dict[str, bytes]) -> None:
-        for uri, state in states.items():
-            storage.write_bytes(uri, state)
-
-    def _beyond(self, run: str, usd: float) -> bool:
-        purse = self._purses[run]
-        committed = purse.spent_usd + purse.reserved_usd + usd
-        return purse.max_usd is not None and purse.reserved_usd > 1e-12 and committed > purse.max_usd + 1e-9
-
-    def _take_up(self, purse: Purse, state: dict[str, Any]) -> None:
-        for name in ("num_calls", "num_answered", "num_limited", "num_failed", "num_tokens", "num_lost"):
-            setattr(purse, name, int(state[name]))
-        purse.spent_usd = float(state["spent_usd"])
-        purse.num_lost += int(state["num_open"])
-        if not self.book.num_granted:
-            self.book.restore({**state["book"], "spent_usd": 0.0}, _age_s(state.get("saved")))
-
-    def _refusal(self, run: str, usd: float) -> Refusal | None:
-        purse = self._purses[run]
+    def _refusal(self, purse: Purse, usd: float) -> Refusal | None:
         if purse.max_usd is not None and purse.spent_usd + usd > purse.max_usd + 1e-9:
             return Refusal("max_usd is reached")
-        silent_s = self._clock() - self._last_answer
-        if self._failures >= OUTAGE_AFTER and silent_s > self._patience_s:
+        silent_s = self._clock() - self._failing_since
+        if self._failures >= OUTAGE_AFTER and silent_s > purse.patience_s:
             return Refusal(f"the endpoint has answered no call for {silent_s:.0f} s; see that it works, then run again")
         return None
 
@@ -261,49 +257,31 @@ class Permits:
             purse.num_limited += call.ending == "limited"
             purse.num_failed += call.ending in ("failed", "refused")
         if call.ending == "answered":
-            self._failures, self._last_answer = 0, self._clock()
+            self._failures = 0
             self.book.succeeded(permit.started)
             self.book.hinted(call.remaining, call.reset_s)
             return
+        self._failing_since = self._failing_since if self._failures else self._clock()
         self._failures += call.ending != "refused"
         if call.ending == "limited":
             self.book.limited(call.retry_after_s)
         elif call.retry_after_s is not None:
             self.book.pause(min(call.retry_after_s, LONGEST_PAUSE_S))
         if self._failures >= OUTAGE_AFTER:
-            silent_s = self._clock() - self._last_answer
+            silent_s = self._clock() - self._failing_since
             self.book.down(min(max(0.25, silent_s / 4), LONGEST_PAUSE_S))
 
     def _give_up_lost(self, run: str | None = None) -> None:
-        """Calls whose caller died: they count as made and paid."""
-        oldest = self._clock() - self._timeout_s - LOST_AFTER_S
-        for name, permit in [p for p in self._open.values() if p[0] == run or p[1].started < oldest]:
-            del self._open[permit.id]
-            self.book.settle(permit, usd=0.0)
-            if (purse := self._purses.get(name)) is not None:
+        """Calls whose caller died, all of `run` or those of long ago: they count as made and paid."""
+        now = self._clock()
+        for number, (name, permit) in list(self._open.items()):
+            purse = self._purses[name]
+            if name == run or permit.started < now - purse.timeout_s - LOST_AFTER_S:
+                del self._open[number]
+                self.book.settle(permit, usd=0.0)
                 purse.reserved_usd -= permit.usd
                 purse.spent_usd += permit.usd
                 purse.num_lost += 1
-
-
-def _moment() -> dict[str, Any]:
-    """Now, by a clock that nobody sets: it counts from the boot of this machine, for all of its processes."""
-    return {"boot": _boot(), "monotonic_s": time.monotonic()}
-
-
-def _age_s(moment: dict[str, Any] | None) -> float | None:
-    """Seconds since a `_moment`; None where it is another machine's: wall clocks differ, and jump."""
-    if moment is None or moment["boot"] != _boot() or moment["boot"] is None:
-        return None
-    return max(0.0, time.monotonic() - float(moment["monotonic_s"]))
-
-
-def _boot() -> str | None:
-    """What names this boot of this machine; None where the kernel doesn't tell."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return None
 
 
 def start_permits(
@@ -321,19 +299,31 @@ def start_permits(
     actor: Any = (
         ray.remote(Permits)
         .options(**place, num_cpus=0, max_concurrency=MAX_WAITING, scheduling_strategy=beside_the_driver())
-        .remote(limits, timeout_s, patience_s)
+        .remote(limits)
     )
-    why = ray.get(actor.join.remote(run, limits, max_usd, state_uri))
+    job = ray.get_runtime_context().get_job_id()
+    times = {"timeout_s": timeout_s, "patience_s": patience_s}
+    why = ray.get(actor.join.remote(run, limits, max_usd, state_uri, **times, job=job, over=_ended_jobs()))
     if why is not None:
         raise ValueError(why)
     return actor
 
 
+def _ended_jobs() -> list[str]:
+    """Ray jobs whose drivers are gone. Needs Ray."""
+    from ray._private.state import jobs  # asks the GCS; ray.util.state asks the dashboard, which may not be there
+
+    return [job["JobID"] for job in jobs() if job["IsDead"]]
+
+
 def end_permits(actor: Any, run: str) -> dict[str, Any]:
-    """The run leaves; its totals. The actor of an endpoint that nobody uses any more is ended."""
+    """The run leaves; its totals, {} where the actor died. One that nobody uses any more is ended."""
     import ray
 
-    totals: dict[str, Any] = ray.get(actor.totals.remote(run))
-    if ray.get(actor.leave.remote(run)):
-        ray.kill(actor)
+    try:
+        totals: dict[str, Any] = ray.get(actor.totals.remote(run))
+        if ray.get(actor.leave.remote(run)):
+            ray.kill(actor)
+    except ray.exceptions.RayActorError:
+        return {}
     return totals

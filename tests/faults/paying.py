@@ -38,8 +38,8 @@ class LocalPermits:
 async def pay(url: str, folder: str, num: int, requests_per_min: float) -> dict[str, object]:
     """Verdicts on `num` captions; their choices and the permits' totals."""
     question = question_about(load_library(), "lidc_idri", "margin", expected="sharp")
-    permits = Permits(Limits(requests_per_min=requests_per_min, max_concurrent=MAX_CONCURRENT), 5.0)
-    await permits.join(RUN, permits.limits, None, f"{folder}/budget.json")
+    permits = Permits(Limits(requests_per_min=requests_per_min, max_concurrent=MAX_CONCURRENT))
+    await permits.join(RUN, permits.limits, None, f"{folder}/budget.json", timeout_s=5.0)
     port, endpoint = LocalPermits(permits), Endpoint(url, "inside")
     store = VerdictStore(VerdictCache(f"{folder}/cache"), VerdictCache(f"{folder}/ledger", keep_unscored=True), port)
     judge = LlmJudge(make_client(endpoint, "none", timeout_s=2.0), "m", endpoint)

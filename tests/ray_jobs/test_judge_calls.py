@@ -48,8 +48,9 @@ def ask(
     """Verdicts on the captions, asked for all at once, and the permits' totals."""
 
     async def work() -> tuple[list[Verdict | BaseException], dict[str, float]]:
-        permits = Permits(limits or Limits(max_concurrent=16), 2.0, patience_s)
-        assert await permits.join(RUN, permits.limits, max_usd, state) is None
+        permits = Permits(limits or Limits(max_concurrent=16))
+        joined = permits.join(RUN, permits.limits, max_usd, state, timeout_s=2.0, patience_s=patience_s)
+        assert await joined is None
         port = Local(permits)
         endpoint = Endpoint(server.url, "inside")
         client = make_client(endpoint, "sk-secret", timeout_s=1.0)
