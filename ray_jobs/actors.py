@@ -8,7 +8,8 @@ Invariants:
 - the only place where a row's exception is caught is `_guarded`; it becomes the row's status, reason and detail;
 - exception texts of other people's code may hold header values: only their type is recorded;
 - want of memory halves a batch before it fails a row; an engine that broke takes its process with it, and Ray starts
-  another: what is left of it would fail every row to come.
+  another: what is left of it would fail every row to come;
+- an engine that must stop, its endpoint down for long, stops the run before a row fails for it.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from typing import Any
 import pyarrow as pa
 
 from meddam_core.captioner import Captioner, PreparedRegion, RegionPreparer, ViewRules, failed_caption
+from meddam_core.engines.base import EngineStopped
 from meddam_core.records import (
     CaptionedImage,
     Image,
@@ -190,6 +192,8 @@ class DescribeRegions:
 
     def _describe(self, rows: list[dict[str, Any]]) -> list[CaptionedImage]:
         captions, error = _guarded(lambda: self._captions(rows), "describing the regions")
+        if error is not None and isinstance(self._captioner.loop.failure, EngineStopped):
+            raise RunStopped(self._stop(str(self._captioner.loop.failure)))
         if error is not None and self._captioner.loop.failure is not None:
             logger.error("the engine broke; this process ends, so that another one does its rows")
             os._exit(1)
@@ -236,6 +240,12 @@ class DescribeRegions:
                 "reason": reason, "detail": detail, "engine": engine.name, "kernels": engine.kernels, **self._facts,
             },
         )  # fmt: skip
+
+    def _stop(self, why: str) -> str:
+        import ray
+
+        stop: str = ray.get(self._monitor.stop.remote(why))
+        return stop
 
     def _report(self, done: Sequence[CaptionedImage] = (), first: bool = False) -> str | None:
         import ray

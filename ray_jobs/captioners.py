@@ -20,7 +20,7 @@ from ray_jobs.remote_captioner import RemoteSpec, endpoint_of
 logger = logging.getLogger(__name__)
 
 PATIENCE_S = 600.0
-"""A remote endpoint that answers nothing for so long fails the captions that wait for it."""
+"""A remote endpoint that answers nothing for so long stops the run; no caption fails for it."""
 PROBE_CPUS = 0.25
 SAY_EVERY_S = 30.0
 """A cluster without room for the first task says so this often: an autoscaler takes minutes, a dead node forever."""

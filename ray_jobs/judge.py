@@ -126,7 +126,7 @@ def _judge(plan: Plan) -> Summary:
     try:
         stopped, counts = _run(plan, left, actors) if left else (None, Counter())
     finally:
-        totals = [end_permits(actor, name) for actor in actors.values()]
+        totals = [t for actor in actors.values() if (t := end_permits(actor, name))]
     return finish(plan, slices, stopped, counts, totals, time.monotonic() - started)
 
 

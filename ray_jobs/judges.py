@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from ray_jobs.judge_calls import Caller, Prices, RetryRules, VerdictStore
 from ray_jobs.judge_config import Config
 from ray_jobs.permits import Grant, Refusal, Settled
 
+ASK_AGAIN_S = 2.0
+"""A permit actor that cannot be reached is asked again so often, until Ray finds it or calls it dead."""
+
 
 @dataclass(frozen=True, slots=True)
 class ActorPermits:
@@ -34,14 +37,26 @@ class ActorPermits:
     """Names this process, where it is the only one that calls for the run."""
 
     async def acquire(self, tokens: float, usd: float) -> Grant | Refusal:
-        """Waits for leave."""
-        granted: Grant | Refusal = await self.actor.acquire.remote(self.run, tokens, usd, self.holder)
-        return granted
+        """Waits for leave. Where the actor has died the run must stop: its next driver starts another."""
+        granted = await self._answer(lambda: self.actor.acquire.remote(self.run, tokens, usd, self.holder))
+        return granted or Refusal("the actor that gives leave for calls has died; run the same command again")
 
     async def settle(self, calls: Sequence[Settled]) -> bool:
-        """Tells how calls ended."""
-        outage: bool = await self.actor.settle.remote(calls)
-        return outage
+        """Tells how calls ended; False where the actor has died, which the next `acquire` tells."""
+        return bool(await self._answer(lambda: self.actor.settle.remote(calls)))
+
+    async def _answer(self, ask: Callable[[], Awaitable[Any]]) -> Any:
+        """What the actor answers; None where it has died. A call whose answer got lost is asked again: it is one
+        permit that lapses, or a call that was settled already."""
+        from ray.exceptions import ActorUnavailableError, RayActorError
+
+        while True:
+            try:
+                return await ask()
+            except ActorUnavailableError:
+                await asyncio.sleep(ASK_AGAIN_S)
+            except RayActorError:
+                return None
 
 
 def make_judges(cfg: Config, seed: int = 0) -> tuple[list[Judge], Panel | None]:

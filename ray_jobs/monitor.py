@@ -2,7 +2,7 @@
 
 - Meter: images, regions, tokens, seconds the captioners were busy.
 - Circuit breaker: a canary batch first, then a share of failed rows; so that a broken model or driver does not fail
-  ten million rows and exit with 0.
+  ten million rows and exit with 0. An engine that must stop opens it too, before its rows fail for an outage.
 - Ledger of deaths: Ray retries a row that kills its process without end (54 deaths in a minute). Work that was begun
   and never ended is remembered; after two deaths a block is worked through row by row, and a row that twice dies alone
   is quarantined: it becomes a failed row, and the job goes on.
@@ -31,7 +31,7 @@ MAX_LONE_DEATHS = 2
 
 
 class RunStopped(RuntimeError):
-    """Raised in an actor to end the run: the circuit breaker is open."""
+    """Raised in an actor to end the run: the circuit breaker is open, or an engine must stop."""
 
 
 class Orders(NamedTuple):
@@ -123,6 +123,11 @@ class RunMonitor:
         t.last_report_s = now
         t.stop = t.stop or self._verdict()
         return t.stop
+
+    def stop(self, why: str) -> str:
+        """Opens the breaker for a reason that no row shows. Returns why the run stops: the first reason stays."""
+        self._totals.stop = self._totals.stop or why
+        return self._totals.stop
 
     def totals(self) -> Totals:
         """A view of the run so far."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,10 +24,12 @@ from meddam_core.records import Egress
 from ray_jobs.caption_config import Config
 from ray_jobs.judge_calls import Prices, RetryRules
 from ray_jobs.judges import ActorPermits
-from ray_jobs.permits import Grant, Settled
+from ray_jobs.permits import OUTAGE_AFTER, Grant, Settled
 
 TOKENS_A_PICTURE = 1500
 """Reserved for a picture before the server says what it counted."""
+UNREACHABLE = {"connection", "server error 502", "server error 503", "server error 504"}
+"""Failures that say nothing about what was sent. So many of them in a row are an outage, whoever meets them."""
 POLICIES: tuple[Egress, ...] = ("deny", "zero-retention", "open")
 
 
@@ -50,6 +53,7 @@ class PermittedChat:
         asked = TOKENS_A_PICTURE * pictures + 400
         reserve = asked + sampling.max_new_tokens
         failures: Counter[str] = Counter()
+        began = time.monotonic()
         while True:
             grant = await self.permits.acquire(reserve, self.prices.cost(asked, sampling.max_new_tokens))
             if not isinstance(grant, Grant):
@@ -57,12 +61,12 @@ class PermittedChat:
             try:
                 async with asyncio.timeout(self.rules.timeout_s + 5):
                     completion, headers = await complete(self.client, request)
+                reply = _reply(completion)
             except TimeoutError:
                 error = JudgeCallError("timeout", retryable=True)
             except JudgeCallError as failed:
                 error = failed
             else:
-                reply = _reply(completion)
                 used = float(reply.num_prompt_tokens + reply.num_reply_tokens) or None
                 usd = self.prices.cost(reply.num_prompt_tokens, reply.num_reply_tokens) if used else None
                 await self.permits.settle([
@@ -71,24 +75,46 @@ class PermittedChat:
                 ])  # fmt: skip
                 return reply
             limited = error.kind == "rate limit"
-            await self.permits.settle([
+            in_outage = await self.permits.settle([
                 Settled(id=grant.id, ending="limited" if limited else "failed" if error.retryable else "refused",
                         replied_ago_s=0.0 if error.status else None, retry_after_s=error.retry_after_s)
             ])  # fmt: skip
             failures[error.fingerprint] += not limited
-            if not error.retryable or failures[error.fingerprint] >= self.rules.max_same_failures:
+            if self._gives_up(error, failures[error.fingerprint], in_outage, time.monotonic() - began):
                 raise ChatFailed(f"the endpoint failed: {error.fingerprint}")
-            await asyncio.sleep(self.rules.first_wait_s * 2 ** failures.total() if failures.total() else 0.0)
+            await asyncio.sleep(self._wait_s(failures.total()))
+
+    def _gives_up(self, error: JudgeCallError, times: int, in_outage: bool, age_s: float) -> bool:
+        """Whether this call is not tried again. An outage is nobody's fault: the permits end it, or the run."""
+        if not error.retryable:
+            return True
+        if error.fingerprint in UNREACHABLE:
+            return times >= OUTAGE_AFTER and not in_outage
+        return times >= self.rules.max_same_failures and (not in_outage or age_s > self.rules.outage_grace_s)
+
+    def _wait_s(self, num_failures: int) -> float:
+        if not num_failures:  # only limited: the permits wait
+            return 0.0
+        return min(self.rules.longest_wait_s, self.rules.first_wait_s * 2 ** min(num_failures, 16))
 
 
 def _reply(completion: Any) -> ChatReply:
-    choices = getattr(completion, "choices", None) or []
-    if not choices:
+    """What a completion says. Raises JudgeCallError for what is none, though it came with status 200."""
+    choices = getattr(completion, "choices", None)
+    if choices == []:
         return ChatReply("", "empty")
-    refused = getattr(choices[0].message, "refusal", None)
-    usage = getattr(completion, "usage", None)
-    counts = (usage.prompt_tokens or 0, usage.completion_tokens or 0) if usage else (0, 0)
-    return ChatReply(choices[0].message.content or "", "refusal" if refused else choices[0].finish_reason, *counts)
+    message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
+    text = getattr(message, "content", None) or ""
+    if message is None or not isinstance(text, str):
+        raise JudgeCallError("malformed reply", retryable=True)
+    refused, usage = getattr(message, "refusal", None), getattr(completion, "usage", None)
+    counts = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+    return ChatReply(text, "refusal" if refused else choices[0].finish_reason, *counts)
+
+
+def _count(usage: Any, name: str) -> int:
+    count = getattr(usage, name, None)
+    return count if isinstance(count, int) else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -27,6 +27,13 @@ class EngineDied(RuntimeError):
     """
 
 
+class EngineStopped(RuntimeError):
+    """The run must end, to be resumed: what the engine needs is gone for all of its processes, and no row is to blame.
+
+    Another process would fare no better. A Ray actor stops the run before it hands out a row.
+    """
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
     """How tokens are chosen. temperature 0 is greedy. Raises ValueError for values outside their range."""

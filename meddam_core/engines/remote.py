@@ -10,6 +10,7 @@ Notes:
 - The egress policy is looked at before, where the picture is prepared (`captioner.ViewRules.egress`): what may not
   leave never comes here.
 - There is no log-probability and there are no token ids; `token_ids` holds UNKNOWN_TOKEN as often as the server counts.
+- Every request ends: with a result, a failed one whatever was raised, or with EngineStopped where the run must end.
 
 Arrays: H rows, W columns, C colours; S the side of the views.
 """
@@ -18,10 +19,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import io
+import logging
 import queue
 import threading
+import traceback
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -29,9 +34,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image as PilImage
 
-from meddam_core.engines.base import Delta, EngineStats, Request, Result, Sampling
+from meddam_core.engines.base import Delta, EngineDied, EngineStats, EngineStopped, Request, Result, Sampling
 from meddam_core.records import FinishReason, Reason
 from meddam_core.regions.geometry import tight_box
+
+logger = logging.getLogger(__name__)
 
 UNKNOWN_TOKEN = -1
 STEP_S = 0.05
@@ -104,12 +111,13 @@ class RemoteEngine:
         self.stats = EngineStats()
         self._chat = chat
         self._showing = showing
-        self._done: queue.Queue[Result] = queue.Queue()
-        self._running: dict[str, Any] = {}
+        self._done: queue.Queue[Result | EngineStopped] = queue.Queue()
+        self._running: dict[str, Future[Result]] = {}
         self._held: list[Result] = []
         """Came back while `generate` waited for others."""
         self._loop = asyncio.new_event_loop()
-        threading.Thread(target=self._run, name="remote-engine", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="remote-engine", daemon=True)
+        self._thread.start()
 
     @property
     def num_unfinished(self) -> int:
@@ -123,19 +131,22 @@ class RemoteEngine:
             raise ValueError("request ids are in flight already or repeated")
         for request in requests:
             self.stats.num_requests += 1
-            self._running[request.request_id] = asyncio.run_coroutine_threadsafe(self._describe(request), self._loop)
+            running = asyncio.run_coroutine_threadsafe(self._describe(request), self._loop)
+            self._running[request.request_id] = running
+            running.add_done_callback(functools.partial(self._end, request))
 
     def step(self) -> list[Result]:
-        """What has come back; waits a moment where nothing has."""
+        """What has come back; waits a moment where nothing has.
+
+        Raises EngineStopped where the run must end, and EngineDied where nothing will come back any more.
+        """
         found, self._held = self._held, []
         if found or not self._running:
             return found
-        try:
-            found.append(self._done.get(timeout=STEP_S))
-            while True:
-                found.append(self._done.get_nowait())
-        except queue.Empty:
-            pass
+        for one in self._collected():
+            if isinstance(one, EngineStopped):
+                raise one
+            found.append(one)
         known = [r for r in found if self._running.pop(r.request_id, None) is not None]  # the others were cancelled
         for result in known:
             self.stats.num_prompt_tokens += result.num_prompt_tokens
@@ -173,19 +184,44 @@ class RemoteEngine:
         self._loop.call_soon_threadsafe(self._loop.stop)
 
     def _run(self) -> None:
-        self._loop.run_forever()
-        self._loop.close()
+        try:
+            self._loop.run_forever()
+        finally:
+            self._loop.close()
 
-    async def _describe(self, request: Request) -> None:
+    async def _describe(self, request: Request) -> Result:
         try:
             messages = await asyncio.to_thread(chat_messages, request, self._showing)
-            reply = await self._chat.complete(messages, request.sampling)
-        except ChatFailed as error:
-            self._done.put(_failed(request, str(error)))
         except ValueError as error:  # a picture that cannot be made; the text is ours
-            self._done.put(_failed(request, str(error)))
-        else:
-            self._done.put(_result(request, reply))
+            return _failed(request, str(error))
+        return _result(request, await self._chat.complete(messages, request.sampling))
+
+    def _end(self, request: Request, ended: Future[Result]) -> None:
+        """Hands on how a request ended; whatever was raised, `step` hears of it."""
+        if self._running.get(request.request_id) is not ended:  # it was given up
+            return
+        error = CancelledError() if ended.cancelled() else ended.exception()
+        if error is None:
+            self._done.put(ended.result())
+        elif isinstance(error, ChatFailed):
+            self._done.put(EngineStopped(str(error)) if error.stops else _failed(request, str(error)))
+        else:  # other people's texts may hold what was sent: only the type is told
+            kind = type(error).__name__
+            logger.error("%s while asking the endpoint\n%s", kind, "".join(traceback.format_tb(error.__traceback__)))
+            self._done.put(_failed(request, f"{kind} while asking the endpoint; its place is in the worker's log"))
+
+    def _collected(self) -> list[Result | EngineStopped]:
+        """What has ended; waits a moment where nothing has. Raises EngineDied where the thread is gone."""
+        found: list[Result | EngineStopped] = []
+        try:
+            found.append(self._done.get(timeout=STEP_S))
+            while True:
+                found.append(self._done.get_nowait())
+        except queue.Empty:
+            pass
+        if not found and not self._thread.is_alive():
+            raise EngineDied("the thread that asks the endpoint has ended")
+        return found
 
 
 def chat_messages(request: Request, showing: Showing) -> list[dict[str, Any]]:

@@ -4,9 +4,9 @@
 
 What it enforces is strict: a request is over the quota if it and those accepted in the sixty seconds before it are more
 requests, or more tokens, than allowed; it gets a 429 and is counted. Faults come by a seeded draw a request: error 500,
-a hang, a closed socket, headers that lie, prose, a letter that is no option, an empty reply; and a spell in which
-everything is a 429. GET /record gives every request with its time, its key (a hash of what was asked) and what became
-of it.
+a hang, a closed socket, headers that lie, prose, a letter that is no option, an empty reply, a reply whose message is
+null; and a spell in which everything is a 429. GET /record gives every request with its time, its key (a hash of what
+was asked) and what became of it.
 """
 
 from __future__ import annotations
@@ -54,12 +54,12 @@ class Seen:
     key: str
     tokens: int
     outcome: str = "open"
-    """open, ok, prose, letter, empty (all paid), error, close, hang, limited, over (not paid)."""
+    """open, ok, prose, letter, empty, null (all paid), error, close, hang, limited, over (not paid)."""
     answered: float | None = None
 
 
 ODD = {"prose": "Nach sorgfältiger Betrachtung: eher ja, eher nein.", "letter": '{"choice": "Z"}', "empty": ""}
-PAID = ("ok", "lie", "prose", "letter", "empty")
+PAID = ("ok", "lie", "prose", "letter", "empty", "null")
 
 
 class QuotaServer(ThreadingHTTPServer):
@@ -174,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = lies if seen.outcome == "lie" else {"x-ratelimit-remaining-requests": "100"}
         seen.answered = time.monotonic()
         text = ODD[seen.outcome] if seen.outcome in ODD else self.server.text(asked, seen)
-        self._send(200, headers, _completion(text, seen.tokens))
+        self._send(200, headers, _completion(text, seen.tokens, bare=seen.outcome == "null"))
 
     def _send(self, status: int, headers: dict[str, str], content: Any) -> None:
         payload = json.dumps(content).encode()
@@ -188,8 +188,8 @@ class _Handler(BaseHTTPRequestHandler):
         """Quiet."""
 
 
-def _completion(text: str, tokens: int) -> dict[str, Any]:
-    message = {"role": "assistant", "content": text, "refusal": None}
+def _completion(text: str, tokens: int, bare: bool) -> dict[str, Any]:
+    message = None if bare else {"role": "assistant", "content": text, "refusal": None}
     usage = {"prompt_tokens": tokens - REPLY_TOKENS, "completion_tokens": REPLY_TOKENS, "total_tokens": tokens}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
     return {"id": "x", "object": "chat.completion", "created": 1, "model": "m", "choices": [choice], "usage": usage}

@@ -26,6 +26,14 @@ def test_one_good_image_keeps_the_canary_quiet_and_the_share_decides_later() -> 
     )
 
 
+def test_an_engine_that_must_stop_opens_the_breaker_and_the_first_reason_stays() -> None:
+    monitor = RunMonitor()
+    assert _report(monitor, images=10, failed=0) is None
+    assert monitor.stop("the endpoint is down") == "the endpoint is down"
+    assert monitor.stop("another reason") == "the endpoint is down"
+    assert _report(monitor, images=10, failed=0) == monitor.totals().stop == "the endpoint is down"
+
+
 def test_a_block_that_twice_ended_its_process_is_tried_row_by_row_and_the_culprit_is_given_up() -> None:
     monitor = RunMonitor()
     ids = [1, 2, 3]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,13 @@ import pytest
 from PIL import Image as PilImage
 
 from meddam_core.captioner import RegionPreparer, ViewRules
-from meddam_core.engines.base import Engine, Request, Sampling
+from meddam_core.engines.base import Engine, EngineDied, EngineStopped, Request, Sampling
+from meddam_core.engines.loop import EngineLoop
 from meddam_core.engines.remote import ChatFailed, ChatReply, RemoteEngine, Showing, chat_messages
 from meddam_core.focal import focal_views
 from meddam_core.records import Reason, RowError
 from meddam_core.shards import read_shard, write_shard
+from ray_jobs import captioners
 from ray_jobs.audit import audit
 from ray_jobs.caption import run
 from ray_jobs.caption_config import Config
@@ -101,6 +104,60 @@ def test_requests_come_back_with_their_own_results() -> None:
     engine.close()
 
 
+class Raising:
+    """A chat that raises what it was given."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    async def complete(self, messages: list[dict[str, Any]], sampling: Sampling) -> ChatReply:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("error", "name"),
+    [
+        (AttributeError("a secret"), "AttributeError"),
+        (OSError("a secret"), "OSError"),
+        (UnicodeDecodeError("utf-8", b"a secret", 0, 1, "a secret"), "UnicodeDecodeError"),  # a ValueError
+        (asyncio.CancelledError("a secret"), "CancelledError"),
+    ],
+)
+def test_whatever_is_raised_is_a_failed_result_with_its_name(error: BaseException, name: str) -> None:
+    engine = RemoteEngine(Raising(error), "some-vlm", Showing())
+    (failed,) = engine.generate([request()])
+    assert (failed.finish_reason, failed.reason) == ("error", Reason.ENGINE_ERROR)
+    assert failed.detail is not None
+    assert failed.detail.startswith(f"{name} while asking the endpoint")
+    assert "secret" not in failed.detail
+    engine.close()
+
+
+def test_a_picture_that_cannot_be_made_says_why() -> None:
+    engine = RemoteEngine(Echo(), "some-vlm", Showing())
+    views = np.concatenate([request().views_N8SS] * 2)
+    (failed,) = engine.generate([Request(request_id="a", views_N8SS=views, query="x", sampling=Sampling())])
+    assert failed.detail is not None
+    assert "not clips" in failed.detail
+    engine.close()
+
+
+def test_a_refusal_that_stops_ends_the_engine_and_no_row_gets_it() -> None:
+    engine = RemoteEngine(Raising(ChatFailed("the endpoint has answered no call", stops=True)), "some-vlm", Showing())
+    loop = EngineLoop(engine)
+    with pytest.raises(EngineStopped, match="answered no call"):
+        loop.generate([request("a"), request("b")])
+    assert isinstance(loop.failure, EngineStopped)
+    engine.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_whose_thread_has_ended_says_so() -> None:
+    engine = RemoteEngine(Raising(SystemExit(1)), "some-vlm", Showing())
+    with pytest.raises(EngineDied):
+        engine.generate([request()])
+
+
 def test_what_may_not_leave_is_not_even_rendered(tmp_path: Path) -> None:
     shards = make_shards(str(tmp_path / "set"), 1, 2)
     image = next(read_shard(f"{shards}/shards/shard-000000.parquet"))
@@ -139,6 +196,53 @@ def test_a_run_through_faults_is_a_run_like_any_other(ray_session: None, tmp_pat
 def _rerun(tmp_path: Path, cfg: Config) -> None:
     (tmp_path / "run/summary.json").unlink()
     run(cfg)
+
+
+class Turning(QuotaServer):
+    """After so many requests something happens to the endpoint, once; `broken` breaks every answer from then on."""
+
+    def __init__(self, after: int, turn: Callable[[], None]) -> None:
+        super().__init__(Quota(None, latency_s=(0.0, 0.0)))
+        self.after, self.turn, self.broken = after, turn, False
+
+    def _fate(self, age_s: float) -> str:
+        if len(self.seen) == self.after:
+            self.turn()
+        return "error" if self.broken else super()._fate(age_s)
+
+
+def _kill_the_permits() -> None:
+    import ray
+
+    (name,) = [n for n in ray.util.list_named_actors() if n.startswith("permits-")]
+    ray.kill(ray.get_actor(name))
+
+
+@pytest.mark.parametrize(("what", "said"), [("outage", "answered no call"), ("permits", "has died")])
+def test_what_ends_late_in_a_run_stops_it_without_failed_rows_and_it_goes_on(
+    ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
+) -> None:
+    """Fails if the rest of a run becomes failed rows with exit code 0 because its endpoint was down for long."""
+    monkeypatch.setattr(captioners, "PATIENCE_S", 0.3)
+    shards, out = make_shards(str(tmp_path / "set"), 2, 12), tmp_path / "run"
+    with Turning(25, lambda: None) as server:
+
+        def end() -> None:
+            server.broken = True
+
+        server.turn = end if what == "outage" else _kill_the_permits
+        cfg = config(shards, out, server.url, timeout_s=5.0, images_per_batch=4, max_failed_share=1.0)
+        stopped = run(cfg)
+        assert isinstance(stopped, Summary)
+        assert (stopped.state, stopped.exit_code) == ("stopped", 3)
+        assert set(stopped.by_reason) <= {"no_regions"}
+        assert said in str(stopped.why)
+        assert stopped.session["worker_deaths"] == 0
+        server.broken = False
+        whole = run(cfg)
+        assert isinstance(whole, Summary)
+        assert (whole.state, set(whole.by_status)) == ("complete", {"ok"})
+        assert audit(RunDirectory(str(out))).clean
 
 
 def test_pictures_that_are_denied_send_no_byte(
