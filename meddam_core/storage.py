@@ -7,6 +7,7 @@ A whole object appears at once or not at all: on S3 by nature, on disk by writin
 
 from __future__ import annotations
 
+import io
 import os
 import time
 import uuid
@@ -21,7 +22,12 @@ import pyarrow.fs as pafs
 
 S3_ATTEMPTS = 8
 """Of one request: a store that throttles answers 503 for seconds."""
-REFUSALS = ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "ACCESS_DENIED", "Forbidden", "403")
+PUT_BYTES = 64 << 20
+"""Larger objects go up in parts, which the store joins at the end: one request carries 5 GB at most."""
+REFUSALS = (
+    "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "AccessDenied", "ACCESS_DENIED", "Forbidden",
+    "(403)", "status 403",
+)  # fmt: skip
 UNTRUSTED = (
     "CERTIFICATE_VERIFY_FAILED",
     "SSL validation failed",
@@ -55,11 +61,24 @@ def s3_region() -> str | None:
     return os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or None
 
 
-def s3_client() -> Any:
-    """boto3's client for the same endpoint and region that pyarrow is given here."""
-    import boto3
+def s3_client(attempts: int | None = None, timeout_s: float = 60.0) -> Any:
+    """boto3's client for the same endpoint and region that pyarrow is given here, and as patient.
 
-    return boto3.client("s3", endpoint_url=s3_endpoint(), region_name=s3_region())
+    Made anew each time, which takes milliseconds: the environment decides. No lock stands around it, which Ctrl-C could
+    leave closed; many threads that made their first at once have been tried.
+
+    Args:
+        attempts: of one request, at most; by default S3_ATTEMPTS.
+        timeout_s: of one attempt to connect, and of a silence after that.
+    """
+    import boto3
+    from botocore.config import Config
+
+    config = Config(
+        retries={"mode": "standard", "total_max_attempts": attempts or S3_ATTEMPTS}, connect_timeout=timeout_s,
+        read_timeout=timeout_s,
+    )  # fmt: skip
+    return boto3.client("s3", endpoint_url=s3_endpoint(), region_name=s3_region(), config=config)
 
 
 def open_uri(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -108,17 +127,31 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(uri: str, data: bytes) -> None:
-    """Puts a whole object in one step, replacing what was there."""
-    fs, path = open_uri(uri)
-    if isinstance(fs, pafs.LocalFileSystem):
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-        beside.write_bytes(data)
-        beside.replace(target)
-        return
-    with fs.open_output_stream(path) as stream:
-        stream.write(data)
+    """Puts a whole object in one step, replacing what was there.
+
+    Raises StorageError where a bucket does not take it, OSError where the disk does not.
+    """
+    if is_s3(uri):
+        return _put(uri, data)
+    target = Path(open_uri(uri)[1])
+    target.parent.mkdir(parents=True, exist_ok=True)
+    beside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    beside.write_bytes(data)
+    beside.replace(target)
+
+
+def _put(uri: str, data: bytes) -> None:
+    """Not through pyarrow's stream: interrupted, it is closed, and that puts an object of what it had, if anything."""
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    bucket, _, key = open_uri(uri)[1].partition("/")
+    try:
+        if len(data) <= PUT_BYTES:
+            s3_client().put_object(Bucket=bucket, Key=key, Body=data)
+        else:
+            s3_client().upload_fileobj(io.BytesIO(data), bucket, key)
+    except (BotoCoreError, ClientError) as error:
+        raise StorageError(f"cannot write to {explain(uri, error)}") from error
 
 
 def exists(uri: str) -> bool:
@@ -214,16 +247,18 @@ def explain(uri: str, error: Exception) -> str:
             f"{where}: its certificate is not trusted here; set AWS_CA_BUNDLE to the file of your certificate "
             "authority, on every node"
         )
-    if "connect" in text.lower() or "resolve" in text.lower():
+    if any(sign in text.lower() for sign in ("connect", "resolve", "read timeout")):
         return f"{where}: the endpoint does not answer; check AWS_ENDPOINT_URL and the network"
-    return f"{where}: {type(error).__name__}"
+    answer = getattr(error, "response", None)  # as boto3 raises it, with the store's own word
+    code = answer.get("Error", {}).get("Code") if isinstance(answer, dict) else None
+    return f"{where}: the bucket answers {code}" if code else f"{where}: {type(error).__name__}"
 
 
 def check_writable(uri: str) -> None:
     """Puts and deletes a small object. Raises StorageError where that fails."""
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     try:
-        write_bytes(probe, b"")
+        write_bytes(probe, b"")  # a bucket's StorageError says all that there is to say
         delete(probe)
     except OSError as error:
         raise StorageError(f"cannot write to {explain(uri, error)}") from error

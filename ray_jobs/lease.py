@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 TTL_S = 20.0
 """A driver that has not renewed for this long is taken for dead: a slow bucket takes some of it, a person waits it."""
+RENEWAL_ATTEMPTS = 2
+"""Of one renewal's request; each may take a quarter of the ttl. A further renewal is due by then."""
 
 
 class LeaseHeld(RuntimeError):
@@ -108,6 +110,7 @@ class _S3Lease:
         self._lease = lease
         self._bucket, _, self._key = lease.uri.removeprefix("s3://").partition("/")
         self._client: Any = None
+        self._brief_s = max(1.0, lease.ttl_s / 4)
         self._etag = ""
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
@@ -118,6 +121,7 @@ class _S3Lease:
         if etag is None:
             etag = self._take_over()
         self._etag = etag
+        self._client = storage.s3_client(RENEWAL_ATTEMPTS, self._brief_s)
         self._thread.start()
 
     def release(self) -> None:
@@ -186,14 +190,18 @@ class _S3Lease:
     def _current(self) -> tuple[str, bytes]:
         """(etag, body) of the lease object; ("", b"") where there is none.
 
-        boto3 repeats requests, but not the reading of a body that breaks off: that is repeated here.
+        boto3 repeats requests, but not the reading of a body that breaks off: that is repeated here, for a while that
+        leaves a renewal time to be told of its loss.
         """
         from botocore.exceptions import HTTPClientError, IncompleteReadError
 
+        until = time.monotonic() + 2 * self._brief_s
         for attempt in range(1, storage.S3_ATTEMPTS):
             try:
                 return self._read()
             except (HTTPClientError, IncompleteReadError):
+                if time.monotonic() > until:
+                    raise
                 time.sleep(0.1 * attempt)
         return self._read()
 

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 
 from meddam_core import storage
+from tests.faults.faulty_s3 import Faults, faulty
 
 
 @pytest.fixture(params=["disk", pytest.param("s3", marks=pytest.mark.s3)])
@@ -75,6 +81,56 @@ def test_a_dead_writer_leaves_no_half_file(tmp_path: Path) -> None:
     assert storage.list_files(str(tmp_path)) == []
 
 
+def interrupted(call: Callable[[], None], line: int) -> bool:
+    """Presses Ctrl-C at a line of storage.py, counted as they are run; False where the call ends before."""
+    lines = itertools.count()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        if frame.f_code.co_filename != storage.__file__:
+            return None
+        if event == "line" and next(lines) == line:
+            raise KeyboardInterrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("size", [3, 2 << 10], ids=["one request", "in parts"])
+def test_a_file_is_there_whole_or_not_at_all_wherever_its_writing_is_interrupted(
+    place: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PUT_BYTES", 1 << 10)
+    data = bytes(size)
+    for line in itertools.count():
+        uri = storage.join(place, f"run-{line}.json")
+        was = interrupted(lambda uri=uri: storage.write_bytes(uri, data), line)  # type: ignore[misc]
+        assert not storage.exists(uri) or storage.read_bytes(uri) == data, line
+        if not was:
+            assert storage.read_bytes(uri) == data and line > 5
+            break
+
+
+@pytest.mark.s3
+def test_a_request_is_tried_as_often_as_it_is_said(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 2)
+    with faulty(s3_endpoint, Faults(throttled=1.0)) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        for number, call in enumerate((storage.list_objects, lambda uri: storage.write_bytes(uri, b"x")), start=1):
+            with pytest.raises(storage.StorageError, match="the bucket answers SlowDown"):
+                call(f"{s3_bucket}/a")
+            assert server.given["throttled"] == 2 * number
+
+
 @pytest.mark.parametrize(
     ("uri", "said"),
     [
@@ -94,15 +150,18 @@ def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
         storage.list_objects("s3://no-such-bucket-here/shards/")
     with pytest.raises(storage.StorageError, match=r"no-such-bucket-here.*does not exist"):
         storage.check_writable("s3://no-such-bucket-here/run")
+    with pytest.raises(storage.StorageError, match=r"no-such-bucket-here.*does not exist"):
+        storage.write_bytes("s3://no-such-bucket-here/run/a.json", b"{}")
 
 
 def test_an_endpoint_that_is_dead_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
-    with pytest.raises(storage.StorageError, match=r"127\.0\.0\.1:9.*does not answer"):
-        storage.list_objects("s3://bucket/shards/")
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
+    for call in (storage.list_objects, lambda uri: storage.write_bytes(uri, b"x")):
+        with pytest.raises(storage.StorageError, match=r"127\.0\.0\.1:9.*does not answer"):
+            call("s3://bucket/shards/403")
 
 
 def test_the_endpoint_for_s3_alone_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import boto3
 import pytest
 
+from meddam_core import storage
 from meddam_core.records import image_id
 from meddam_core.shards import read_shard, write_shard
 from meddam_core.storage import StorageError
@@ -65,7 +66,7 @@ def test_no_server_at_the_endpoint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "x")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "y")
-    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
     with pytest.raises(StorageError, match="does not answer; check AWS_ENDPOINT_URL"):
         snapshot(["s3://bucket/set"])
 

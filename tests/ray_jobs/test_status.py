@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from meddam_core.storage import StorageError
 from ray_jobs import caption, progress_file
 from ray_jobs.monitor import Totals
 from ray_jobs.progress_file import PROGRESS, ProgressFile
@@ -96,11 +97,12 @@ def test_a_driver_that_ends_badly_says_so(directory: RunDirectory, error: BaseEx
     assert (found.state, found.why) == (state, type(error).__name__)
 
 
+@pytest.mark.parametrize("kind", [OSError, StorageError])
 def test_a_store_that_refuses_progress_does_not_end_the_run(
-    directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kind: type[Exception], directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def refused(*_: Any) -> None:
-        raise OSError("the secret path of a patient")
+        raise kind("the secret path of a patient")
 
     monkeypatch.setattr(directory, "write_json", refused)
     with ProgressFile(directory, 1) as shown:
