@@ -20,7 +20,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from meddam_core import storage
-from meddam_core.records import REGION_BITS
+from meddam_core.records import REGION_BITS, Status
 from meddam_core.shards import shard_facts
 from ray_jobs.module_command import run_as
 from ray_jobs.run_directory import RUN, InputShard, RunDirectory
@@ -93,6 +93,22 @@ def images_in(files: list[str]) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """(URI, image ids) of part files, reading no other column."""
     with ThreadPoolExecutor(16) as pool:
         yield from zip(files, pool.map(lambda f: _column(f, "image_id"), files), strict=True)
+
+
+def failed_in(files: list[str]) -> Iterator[NDArray[np.int32]]:
+    """(rows,) for each part file: how many captions of each image failed; reads their status only."""
+    with ThreadPoolExecutor(16) as pool:
+        yield from pool.map(_num_failed, files)
+
+
+def _num_failed(uri: str) -> NDArray[np.int32]:
+    fs, path = storage.open_uri(uri)
+    with fs.open_input_file(path) as stream:
+        table = pq.ParquetFile(stream).read(columns=["captions.list.element.status"], use_threads=False)
+    captions = table["captions"].combine_chunks()
+    failed = np.asarray(pc.equal(captions.flatten().field("status"), Status.FAILED.value))
+    of_row = np.asarray(pc.list_parent_indices(captions))[failed]
+    return np.bincount(of_row, minlength=len(captions)).astype(np.int32)
 
 
 def _expected(shards: list[InputShard]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

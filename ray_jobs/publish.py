@@ -1,4 +1,4 @@
-"""From parts to the published table: one caption a row, each image once, its latest attempt.
+"""From parts to the published table: one caption a row, each image once, its attempt that failed least.
 
 Part files that follow each other go into one caption file of about FILE_BYTES, by one Ray task; the driver sees ids and
 counts, never captions. A generation is a folder of whole files named by its manifest; a publication that died half-way
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from meddam_core import storage
 from meddam_core.records import SCHEMA_VERSION, Caption, CaptionedImage, arrow_schema
 from meddam_core.shards import appearing_whole
-from ray_jobs.audit import images_in
+from ray_jobs.audit import failed_in, images_in
 from ray_jobs.run_directory import MANIFEST, RunDirectory
 
 FILE_BYTES = 32 << 20
@@ -38,7 +38,7 @@ class Generation:
     files: list[str]
     num_tokens: int
     num_superseded: int
-    """Part rows left out because a later attempt, or another file of the same attempt, holds the image too."""
+    """Part rows left out because another attempt, or another file of the same attempt, holds the image better."""
 
 
 def publish(run: RunDirectory) -> Generation:
@@ -153,7 +153,11 @@ def _flat_part(uri: str, drop: Sequence[int]) -> pa.Table:
 
 
 def _superseded(parts: list[tuple[int, str]]) -> dict[str, list[int]]:
-    """For each part file the rows that another one replaces: the latest attempt wins, then the first file by name."""
+    """For each part file the rows that another one replaces.
+
+    Of an image's rows the one with the fewest failed captions stays, so that a retry on a bad endpoint undoes nothing;
+    of equals the latest attempt's, then the first file's by name. Captions are looked at where an image occurs twice.
+    """
     attempts = {uri: attempt for attempt, uri in parts}
     ids: list[NDArray[np.int64]] = []
     files: list[NDArray[np.int32]] = []
@@ -166,9 +170,25 @@ def _superseded(parts: list[tuple[int, str]]) -> dict[str, list[int]]:
     if not ids:
         return {}
     all_ids, all_files, all_rows = np.concatenate(ids), np.concatenate(files), np.concatenate(rows)
-    by_id = np.argsort(all_ids, kind="stable")  # stable: of equal ids the winner, which was put first, stays first
-    losers = by_id[1:][all_ids[by_id[1:]] == all_ids[by_id[:-1]]]
+    again = _occurring_again(all_ids)
+    if not len(again):
+        return {}
+    all_ids, all_files, all_rows = all_ids[again], all_files[again], all_rows[again]
+    held, starts = np.unique(all_files, return_index=True)  # the rows of a file follow each other
+    counts = zip(failed_in([order[i] for i in held]), np.split(all_rows, starts[1:]), strict=True)
+    failed = np.concatenate([num[some] for num, some in counts])
+    best_first = np.lexsort((all_files, failed, all_ids))  # of equals the file that was put first
+    losers = best_first[1:][all_ids[best_first[1:]] == all_ids[best_first[:-1]]]
     dropped: dict[str, list[int]] = {}
     for i in losers:
         dropped.setdefault(order[all_files[i]], []).append(int(all_rows[i]))
-    return dropped
+    return {uri: sorted(some) for uri, some in dropped.items()}
+
+
+def _occurring_again(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Positions, in order, of the ids that occur more than once."""
+    by_id = np.argsort(ids, kind="stable")
+    same = ids[by_id[1:]] == ids[by_id[:-1]]
+    is_again = np.zeros(len(ids), np.bool_)
+    is_again[by_id[1:][same]] = is_again[by_id[:-1][same]] = True
+    return np.flatnonzero(is_again)

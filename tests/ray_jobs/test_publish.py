@@ -23,7 +23,7 @@ from meddam_core.records import (
 )
 from meddam_core.shards import read_shard, write_shard
 from ray_jobs.audit import audit
-from ray_jobs.publish import _superseded, flatten
+from ray_jobs.publish import _flat_part, _superseded, flatten
 from ray_jobs.run_directory import MANIFEST, RUN, SUMMARY, RunDirectory
 from ray_jobs.snapshot import snapshot
 from tests.ray_jobs.made_shards import make_shards
@@ -62,7 +62,10 @@ def run(tmp_path: Path, images: list[Image]) -> RunDirectory:
 
 
 def _published(run: RunDirectory, rows: list[CaptionedImage]) -> RunDirectory:
-    flat = flatten(_table(rows))
+    return _announced(run, flatten(_table(rows)))
+
+
+def _announced(run: RunDirectory, flat: pa.Table) -> RunDirectory:
     folder = Path(run.generation(1))
     folder.mkdir(parents=True)
     pq.write_table(flat, folder / "captions-000000.parquet")
@@ -129,15 +132,40 @@ def test_an_unpublished_run_is_missing_everything(run: RunDirectory) -> None:
     assert (found.published, found.num_missing, found.clean) == (False, 46, False)
 
 
-def test_the_latest_attempt_wins_and_then_the_first_file(tmp_path: Path, images: list[Image]) -> None:
-    def part(attempt: int, name: str, some: list[Image]) -> tuple[int, str]:
-        path = tmp_path / f"run/parts/attempt={attempt}/{name}.parquet"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(_table([_captioned(i, attempt=attempt) for i in some]), path)
-        return attempt, str(path)
+def _failing(image: CaptionedImage, num: int) -> CaptionedImage:
+    """With its first captions failed."""
+    failed = [replace(c, status=Status.FAILED, reason="endpoint", text=None) for c in image.captions[:num]]
+    return replace(image, captions=[*failed, *image.captions[num:]])
 
-    parts = [part(1, "a", images[:3]), part(1, "b", images[2:6]), part(2, "c", [images[4], images[0]])]
+
+def _part(run: Path, attempt: int, name: str, rows: list[CaptionedImage]) -> tuple[int, str]:
+    path = run / f"parts/attempt={attempt}/{name}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(_table([replace(r, attempt=attempt) for r in rows]), path)
+    return attempt, str(path)
+
+
+def test_of_equal_attempts_the_latest_wins_and_then_the_first_file(tmp_path: Path, images: list[Image]) -> None:
+    rows = [_captioned(i) for i in images]
+    parts = [_part(tmp_path, 1, "a", rows[:3]), _part(tmp_path, 1, "b", rows[2:6])]
+    parts += [_part(tmp_path, 2, "c", [rows[4], rows[0]])]
     assert _superseded(parts) == {parts[0][1]: [0], parts[1][1]: [0, 2]}
+    assert _superseded(parts[:1]) == {} and _superseded([]) == {}
+
+
+def test_the_attempt_that_failed_least_wins(run: RunDirectory, images: list[Image]) -> None:
+    """A retry captions an image again as a whole, good captions too, and may meet a bad endpoint again."""
+    rows = [_captioned(i, ("p1", "p2")) for i in images]
+    one, all_of_them = 1, 99
+    parts = [
+        _part(Path(run.uri), 1, "a", [_failing(r, one) for r in rows[:4]] + rows[4:]),
+        _part(Path(run.uri), 2, "b", [_failing(rows[0], all_of_them), rows[1], _failing(rows[2], one)]),
+        _part(Path(run.uri), 3, "c", [_failing(rows[1], one), _failing(rows[3], all_of_them)]),
+    ]
+    dropped = _superseded(parts)
+    assert dropped == {parts[0][1]: [1, 2], parts[1][1]: [0], parts[2][1]: [0, 1]}
+    found = audit(_announced(run, pa.concat_tables(_flat_part(uri, dropped.get(uri, [])) for _, uri in parts)))
+    assert found.clean and found.by_status == {"ok": 43, "failed": 3}, "one each of the images 0, 2 and 3"
 
 
 def test_shards_of_another_schema_version_are_refused(tmp_path: Path, images: list[Image]) -> None:
