@@ -148,19 +148,33 @@ _job(
 )  # fmt: skip
 
 
+def _of_caption(name: str) -> Any:
+    """An option of `meddam caption`, offered by another command too."""
+    return typer.Option(help=caption_config.Config.model_fields[name].description, show_default=False)
+
+
 @app.command("retry")
 def _retry(
     run: Annotated[str, typer.Argument(help="The run directory, on S3 or disk.", show_default=False)],
     config_file: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings that may change.")
     ] = None,
+    num_captioners: Annotated[int | None, _of_caption("num_captioners")] = None,
+    num_cpus: Annotated[int | None, _of_caption("num_cpus")] = None,
+    wait_for_gpus: Annotated[int | None, _of_caption("wait_for_gpus")] = None,
+    wait_for_gpus_s: Annotated[float | None, _of_caption("wait_for_gpus_s")] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Caption again what failed in a published run.
 
     The captions are a further attempt; where it succeeds they replace the failed ones in a new generation.
     """
-    _finish(retry.run(run, config_file), as_json)
+    _finish(
+        retry.run(
+            run, config_file, num_captioners=num_captioners, num_cpus=num_cpus, wait_for_gpus=wait_for_gpus,
+            wait_for_gpus_s=wait_for_gpus_s,
+        ), as_json,
+    )  # fmt: skip
 
 
 @app.command("audit")

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
-from ray_jobs import caption_config, cli, demo, describe, report
+from ray_jobs import caption, caption_config, cli, demo, describe, report
 from ray_jobs.ingest_config import SOURCES
+from ray_jobs.summary import Summary
 
 ROOT = Path(__file__).parents[2]
 ORACLE = ROOT / "tests/data/oracle/dam_tiny"
@@ -110,6 +111,26 @@ def test_what_a_user_can_mend_is_a_sentence_and_exit_code_2(
     assert out == ""
     assert re.search(said, err)
     assert "Traceback" not in err
+
+
+def test_a_retry_has_gpus_and_cpus_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three images that failed on thirty-two GPUs do not wait for thirty-two GPUs."""
+    of_the_run = {"num_captioners": 32, "wait_for_gpus": 32, "wait_for_gpus_s": 9e9, "num_cpus": 512}
+    begun = caption_config.Config(shards=("a",), out="b", model="c", images_per_batch=3, **of_the_run)  # type: ignore[arg-type]
+    (tmp_path / "run.json").write_text(json.dumps({"config": begun.model_dump(mode="json")}))
+    done = Summary(state="complete", attempt=2, num_images=3, num_regions=3, engine="e", kernels="k")
+    seen: list[caption_config.Config] = []
+    monkeypatch.setattr(caption, "run", lambda cfg, retry: seen.append(cfg) or done)
+    given = ["--num-captioners", "2", "--wait-for-gpus", "1", "--wait-for-gpus-s", "60", "--num-cpus", "4"]
+    for options in ([], given):
+        assert meddam(capsys, "retry", str(tmp_path), *options)[0] == 0
+    here = {"out": str(tmp_path)}
+    default = {name: caption_config.Config.model_fields[name].default for name in of_the_run}
+    assert seen[0] == begun.model_copy(update=here | default)
+    own = {"num_captioners": 2, "wait_for_gpus": 1, "wait_for_gpus_s": 60.0, "num_cpus": 4}
+    assert seen[1] == begun.model_copy(update=here | own)
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
