@@ -104,24 +104,33 @@ def run(cfg: Config) -> Status:
         "num_images": sum(s.num_images for s in shards), "num_regions": sum(s.num_regions for s in shards),
     }  # fmt: skip
     said = said or {}
-    at_work = said.get("phase") in AT_WORK
-    if summary is not None and not at_work:
-        return _published(counts, summary)
     silent_s = storage.age_s(directory.at(PROGRESS)) if said else None
+    if summary is not None and not _alive(said, silent_s):
+        return _published(counts, summary, said, silent_s)
     return _unpublished(counts, said, silent_s, len(directory.part_files()))
 
 
-def _published(counts: dict[str, Any], summary: dict[str, Any]) -> Status:
+def _alive(said: dict[str, Any], silent_s: float | None) -> bool:
+    """Whether a driver says that it is at work, and said so lately."""
+    return said.get("phase") in AT_WORK and silent_s is not None and silent_s < SILENT_FOR * float(said["every_s"])
+
+
+def _published(counts: dict[str, Any], summary: dict[str, Any], said: dict[str, Any], silent_s: float | None) -> Status:
+    """A run with a summary stays published, whatever became of a driver: one killed before it could say that it had
+    finished, or that of a retry."""
+    why = summary["why"]
+    if said and said["attempt"] > summary["attempt"]:
+        state = f"silent for {duration(silent_s or 0.0)}" if said["phase"] in AT_WORK else said["phase"]
+        why = f"a retry was begun and is {state}: run `meddam retry` again, unless its driver is still there"
     return Status(
         **counts, state=summary["state"], num_images_done=summary["num_images"], num_captions=summary["num_captions"],
-        by_reason=summary["by_reason"], num_failed=sum(summary["by_reason"].values()), why=summary["why"],
+        by_reason=summary["by_reason"], num_failed=sum(summary["by_reason"].values()), why=why,
     )  # fmt: skip
 
 
 def _unpublished(counts: dict[str, Any], said: dict[str, Any], silent_s: float | None, num_files: int) -> Status:
-    at_work = said.get("phase") in AT_WORK
-    alive = at_work and silent_s is not None and silent_s < SILENT_FOR * said["every_s"]
-    state = "working" if alive else "silent" if at_work else said.get("phase", "not begun")
+    phase = said.get("phase", "not begun")
+    state = "working" if _alive(said, silent_s) else "silent" if phase in AT_WORK else phase
     before, done = said.get("num_images_before", 0), said.get("num_images_done", 0)
     wanted, rate = said.get("num_regions_left"), said.get("regions_per_s")
     left = max(0.0, (wanted - said.get("num_regions_done", 0)) / rate) if wanted is not None and rate else None

@@ -74,6 +74,21 @@ def test_a_run_at_work_whose_driver_then_falls_silent(directory: RunDirectory) -
         assert "run the same `meddam caption` again" in found.lines()[-1]
 
 
+def test_a_published_run_stays_published_when_a_later_driver_falls_silent(directory: RunDirectory) -> None:
+    attempt = (directory.read_json(SUMMARY) or {})["attempt"]
+    for later, again in ((0, ""), (1, "a retry was begun and is silent for 5 min 00 s: run `meddam retry` again")):
+        with ProgressFile(directory, attempt + later) as shown:
+            shown.phase("publishing")
+            assert run(Config(run=directory.uri)).state == "working", "it has said so a moment ago"
+            written = Path(directory.at(PROGRESS)).stat().st_mtime
+            os.utime(directory.at(PROGRESS), (written - 300, written - 300))
+            found = run(Config(run=directory.uri))
+        assert (found.state, found.exit_code, found.num_captions) == ("complete", 0, 33)
+        assert again in (found.why or "") and bool(found.why) == bool(again)
+    said(directory, phase="interrupted")
+    assert "a retry was begun and is interrupted" in "\n".join(run(Config(run=directory.uri)).lines())
+
+
 @pytest.mark.s3
 @pytest.mark.parametrize("skew", [timedelta(hours=1), timedelta(hours=-1)], ids=["ahead", "behind"])
 @pytest.mark.parametrize("place", ["disk", "s3"])
