@@ -116,7 +116,7 @@ def run(cfg: Config) -> Summary:
     if directory.read_json(SUMMARY) is not None:
         raise ValueError(f"{directory.uri} holds a run already; give another --out")
     texts = _sorted(read_captions(cfg.table, cfg.prompt_id))
-    shards = snapshot(cfg.shards)
+    shards = snapshot(cfg.shards, finished=True)
     regions = np.concatenate([shard_facts(s.uri).region_ids for s in shards])
     if not np.isin(texts.regions, regions).any():
         raise ValueError(f"{cfg.table} has no caption of a region of {', '.join(cfg.shards)}: region_id must be theirs")
@@ -170,7 +170,7 @@ def list_regions(cfg: ListConfig) -> Listed:
     sink = io.StringIO()
     sink.write("region_id,image_id,image_key,dataset,modality,x0,y0,x1,y1\n")
     num = 0
-    for shard in snapshot(cfg.shards):
+    for shard in snapshot(cfg.shards, finished=True):
         for image in read_shard(shard.uri, columns=_KEPT, batch_rows=256):
             facts = f"{image.image_id},{image.image_key},{image.dataset},{image.modality}"
             for region in image.regions:

@@ -134,7 +134,7 @@ class Summary(BaseModel):
 def make_variants(cfg: VariantsConfig) -> Variants:
     """Writes the shards of the variants. Raises ValueError for shards that are none."""
     storage.check_writable(cfg.out)
-    shards = snapshot(cfg.shards)
+    shards = snapshot(cfg.shards, finished=True)
     total = sum(s.num_images for s in shards)
     wanted = set(random.Random(cfg.seed).sample(range(total), min(total, cfg.num_images)))
     counts = dict.fromkeys(VARIANTS, 0)

@@ -115,7 +115,7 @@ def run(cfg: Config) -> Summary:
 
 def _chosen(cfg: Config) -> Iterator[Image]:
     """Images by the seed, in the order of the shards."""
-    shards = snapshot(cfg.shards)
+    shards = snapshot(cfg.shards, finished=True)
     total = sum(s.num_images for s in shards)
     wanted = set(random.Random(cfg.seed).sample(range(total), min(total, cfg.num_images)))
     number = 0

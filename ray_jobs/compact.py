@@ -5,7 +5,8 @@
 
 A run publishes files of a good size itself; this is for runs of many small ones (imported captions, older releases),
 and for another size. The new generation is audited before the run's summary names it; the one before stays where it is.
-Shards are merged into another place only, because runs know the shards that they were made of by name and content.
+Shards are merged into another place only, because runs know the shards that they were made of by name and content; run
+it again where it was cut off.
 
 Works in this process, a row group in memory, without Ray.
 """
@@ -24,7 +25,7 @@ from meddam_core.migrations import upgraded, version_of
 from meddam_core.records import Caption
 from meddam_core.shards import merge_shards
 from ray_jobs.audit import audit
-from ray_jobs.dataset_files import copy_facts, is_shard_folder, meant_for_another_place
+from ray_jobs.dataset_files import copy_facts, is_shard_folder, making, meant_for_another_place
 from ray_jobs.lease import Lease
 from ray_jobs.module_command import run_as
 from ray_jobs.publish import FILE_BYTES, grouped, write_captions, write_manifest
@@ -128,9 +129,10 @@ def _tables(uris: Sequence[str]) -> Iterator[pa.Table]:
 
 def _shards(cfg: Config) -> Summary:
     out = meant_for_another_place(cfg.place, cfg.out)
-    shards = snapshot([cfg.place])  # by their ids, which must not overlap
-    groups = list(grouped([(s.uri, s.size) for s in shards], (cfg.file_mb or SHARD_MB) << 20))
-    with Lease(out):
+    shards = snapshot([cfg.place], finished=True)  # by their ids, which must not overlap
+    file_mb = cfg.file_mb or SHARD_MB
+    groups = list(grouped([(s.uri, s.size) for s in shards], file_mb << 20))
+    with making(out, "compact", cfg.place, shards, file_mb=file_mb):
         num_rows = sum(
             merge_shards(uris, storage.join(out, "shards", uris[0].rpartition("/")[2]), {}) for uris in groups
         )

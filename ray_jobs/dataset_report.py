@@ -34,11 +34,11 @@ from meddam_core.reports.dataset_report import Card, DatasetFacts, Rejects, card
 from meddam_core.reports.dataset_sample import Drawn, RegionSample
 from meddam_core.reports.dataset_tally import TALLY_COLUMNS, DatasetTally
 from meddam_core.shards import images_by_id, shard_batches
+from ray_jobs.dataset_files import DATASET, PLAN
 from ray_jobs.snapshot import shards_below
 
 logger = logging.getLogger(__name__)
 
-DATASET, PLAN = "dataset.json", "ingest.json"
 NUM_DETAILS = 3
 """Sentences shown for each reason."""
 _SETTINGS = {

@@ -99,7 +99,8 @@ def _open(cfg: Config, directory: RunDirectory) -> Spec:
 
     # captions are joined by region id; without a table two datasets may hold the same ids
     named = Counter(cfg.shards)  # a folder named twice comes twice as often
-    shards = snapshot(list(named)) if cfg.captions else [s for uri in named for s in snapshot([uri])]
+    places = [list(named)] if cfg.captions else [[uri] for uri in named]
+    shards = [s for some in places for s in snapshot(some, finished=True)]
     shards += [s for uri, times in named.items() for s in snapshot([uri]) * (times - 1)]
     captions = tuple(f for uri in cfg.captions for f in caption_files(uri))
     fingerprint = {

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from meddam_core import storage
 from meddam_core.datasets.phantoms.captions import caption_of
 from meddam_core.records import Status
+from ray_jobs.dataset_files import check_finished
 from ray_jobs.snapshot import shards_below
 
 MAY_SHARE = frozenset({("labelled", "unlabelled")})
@@ -34,10 +35,12 @@ _SCHEMA = pa.schema(
 
 
 def check_apart(sets: Mapping[str, Sequence[str]]) -> dict[str, int]:
-    """The number of images of each set. Raises ValueError where two share an image or a patient.
+    """The number of images of each set. Raises ValueError where two share an image or a patient, or one is half made.
 
     Reads keys and previews, no labels and no pictures.
     """
+    for uri in itertools.chain.from_iterable(sets.values()):
+        check_finished(uri)
     facts = {name: _facts(uris) for name, uris in sets.items()}
     for (first, a), (second, b) in itertools.combinations(facts.items(), 2):
         for kind in ("image_key", "preview", "patient_key"):

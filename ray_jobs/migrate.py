@@ -7,7 +7,7 @@
 Nobody has to: every reader upgrades older rows as it reads them (meddam_core.migrations). It is for data that other
 programs read, and before a release that no longer knows a version. Ids, pictures and counts stay as they are.
 
-In place, each shard is replaced whole or not at all, and an interrupted migration is finished by running it again.
+Each shard is replaced or written whole or not at all, and an interrupted migration is finished by running it again.
 Published runs that were made of them stay readable; one that is still unfinished would find its shards changed, and
 has to be finished first, or begun anew.
 """
@@ -22,7 +22,15 @@ from meddam_core.migrations import version_of
 from meddam_core.records import SCHEMA_VERSION, Image
 from meddam_core.shards import merge_shards, shard_metadata
 from ray_jobs.compact import merged_generation
-from ray_jobs.dataset_files import DATASET, copy_facts, is_shard_folder, meant_for_another_place, note_facts
+from ray_jobs.dataset_files import (
+    DATASET,
+    check_finished,
+    copy_facts,
+    is_shard_folder,
+    making,
+    meant_for_another_place,
+    note_facts,
+)
 from ray_jobs.lease import Lease
 from ray_jobs.module_command import run_as
 from ray_jobs.publish import FILE_BYTES
@@ -90,9 +98,11 @@ def _run(directory: RunDirectory) -> Summary:
 
 
 def _dataset(cfg: Config) -> Summary:
-    shards = [o.uri for o in shards_below(cfg.place)]
+    found = shards_below(cfg.place)
+    check_finished(cfg.place)
+    shards = [o.uri for o in found]
     out = cfg.place if cfg.out is None else meant_for_another_place(cfg.place, cfg.out)
-    with Lease(out):
+    with Lease(out) if cfg.out is None else making(out, "migrate", cfg.place, found):
         versions = {uri: _version(uri) for uri in shards}  # all of them, before the first is written
         for uri in shards:
             target = uri if cfg.out is None else storage.join(out, "shards", uri.rpartition("/")[2])

@@ -123,7 +123,7 @@ def open_run(cfg: Config, directory: RunDirectory, retry: bool) -> Plan:
     _check(cfg, prompts)
     rules = _view_rules(cfg)
     described = directory.read_json(RUN)
-    now = snapshot(cfg.shards)
+    now = snapshot(cfg.shards, finished=True)
     _check_views(prompts, now)
     then = directory.inputs() if described is not None else now
     if edits := changed(then, now):

@@ -198,7 +198,7 @@ def _build_shard(job: tuple[Config, str, str]) -> Counter[tuple[str, str, str]]:
 def _sources(uris: Sequence[str]) -> tuple[list[str], str]:
     """(URIs of shards, or of the caption files of runs, and a digest of what they hold)."""
     shards = [uri for uri in uris if not storage.exists(storage.join(uri, RUN))]
-    found = snapshot(shards) if shards else []
+    found = snapshot(shards, finished=True) if shards else []
     sources, digest = [s.uri for s in found], inputs_digest(found)
     for uri in uris:
         if uri in shards:

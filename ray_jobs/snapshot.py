@@ -14,16 +14,24 @@ import numpy as np
 from meddam_core import storage
 from meddam_core.records import ROW_BITS
 from meddam_core.shards import shard_facts
+from ray_jobs.dataset_files import check_finished
 from ray_jobs.run_directory import InputShard
 
 
-def snapshot(uris: Sequence[str]) -> list[InputShard]:
+def snapshot(uris: Sequence[str], finished: bool = False) -> list[InputShard]:
     """The shards below `uris` (folders or single files), in order of their ids.
+
+    Args:
+        uris: where they are.
+        finished: refuse a dataset that is half made, whose shards would be taken for all of it.
 
     Raises ValueError where there are none, where a file is not a shard of this schema, or where ids occur twice;
     StorageError where the bucket cannot be read.
     """
     objects = [o for uri in uris for o in shards_below(uri)]
+    if finished:
+        for uri in uris:
+            check_finished(uri)
     with ThreadPoolExecutor(16) as pool:
         shards = list(pool.map(_shard, objects))
     shards = sorted((s for s in shards if s.num_images), key=lambda s: s.first_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import ModuleType
 
 import pyarrow.parquet as pq
 import pytest
@@ -81,6 +82,34 @@ def test_shards_are_merged_into_another_place_with_their_ids(made: tuple[str, Ru
     for wrong in (None, shards):
         with pytest.raises(ValueError, match="give --out, another place"):
             compact.run(compact.Config(place=shards, out=wrong))
+
+
+@pytest.mark.parametrize(("job", "module"), [(compact, "ray_jobs.compact"), (migrate, "ray_jobs.migrate")])
+def test_a_dataset_whose_making_was_cut_off_is_refused_until_the_same_command_ends_it(
+    job: ModuleType, module: str, made: tuple[str, RunDirectory], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards, out = made[0], f"{made[0]}-new"
+    settings = {"file_mb": 1} if job is compact else {}
+    first, *_ = snapshot([shards])
+    with monkeypatch.context() as killed:
+        killed.setattr(f"{module}.copy_facts", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            job.run(job.Config(place=shards, out=out, **settings))
+    assert images(out) == images(shards), "all shards are there, and yet it has not ended"
+    again = f"`meddam {module.rpartition('.')[2]} .*set --out .*set-new` again"
+    with pytest.raises(ValueError, match=f"set-new is not finished.*{again}"):
+        snapshot([out], finished=True)
+    other = make_shards(str(tmp_path / "other"), 1, 3)
+    with pytest.raises(ValueError, match="holds files already"):
+        job.run(job.Config(place=other, out=out))
+    assert job.run(job.Config(place=shards, out=out, **settings)).place == out
+    assert images(out) == images(shards) and snapshot([out], finished=True)[0].first_id == first.first_id
+    with pytest.raises(ValueError, match="holds files already"):
+        job.run(job.Config(place=shards, out=out, **settings))
+
+
+def interrupt(*_: object, **__: object) -> None:
+    raise KeyboardInterrupt
 
 
 def test_the_size_of_files_can_be_chosen() -> None:

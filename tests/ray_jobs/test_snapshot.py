@@ -12,7 +12,11 @@ from meddam_core import storage
 from meddam_core.records import image_id
 from meddam_core.shards import read_shard, write_shard
 from meddam_core.storage import StorageError
+from ray_jobs import caption, qa
+from ray_jobs.dataset_files import DATASET, PLAN
+from ray_jobs.loop_sets import check_apart
 from ray_jobs.snapshot import changed, snapshot
+from tests.faults.kill_and_resume import MODEL
 from tests.ray_jobs.made_shards import make_shards
 
 
@@ -54,6 +58,28 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
     write_shard(str(tmp_path / "empty.parquet"), [])
     with pytest.raises(ValueError, match="hold no image"):
         snapshot([str(tmp_path)])
+
+
+@pytest.mark.parametrize("place", ["disk", pytest.param("s3", marks=pytest.mark.s3)])
+def test_a_dataset_that_is_half_made_is_not_taken_for_a_whole_one(
+    place: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    store = str(tmp_path) if place == "disk" else request.getfixturevalue("s3_bucket")
+    made = make_shards(f"{store}/set", 2, 3)
+    assert len(snapshot([made], finished=True)) == 2, "a folder of shards that no ingest has made"
+    storage.write_bytes(f"{made}/{PLAN}", b"{}")
+    cfg = caption.Config(shards=(made,), out=str(tmp_path / "run"), model=MODEL)
+    for refused in (
+        lambda: caption.run(cfg),
+        lambda: qa.run(qa.Config(shards=(made,), out=str(tmp_path / "questions"))),
+        lambda: check_apart({"test": [made]}),
+        lambda: snapshot([f"{made}/shards"], finished=True),
+    ):
+        with pytest.raises(ValueError, match=r"set is not finished.*Run the same `meddam ingest` command again"):
+            refused()
+    assert len(snapshot([made])) == 2, "whoever counts what is there may"
+    storage.write_bytes(f"{made}/{DATASET}", b"{}")
+    assert len(snapshot([made], finished=True)) == 2
 
 
 @pytest.mark.s3
