@@ -42,6 +42,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
         "log_to_driver": not quiet, "logging_level": logging.ERROR if quiet else logging.INFO, "namespace": "meddam"
     }  # fmt: skip
     if ray.is_initialized():
+        _wait_as_long_as_it_takes()
         yield
         return
     if os.environ.get("RAY_ADDRESS"):
@@ -55,6 +56,7 @@ def session(num_cpus: int | None = None, object_store_bytes: int | None = None) 
             object_store_memory=object_store_bytes, **common,
         )  # fmt: skip
     _quiet_ray_data(quiet)
+    _wait_as_long_as_it_takes()
     try:
         yield
     finally:
@@ -86,6 +88,18 @@ def _quiet_ray_data(quiet: bool) -> None:
     if quiet:
         for name in ("ray.data", "ray"):
             logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _wait_as_long_as_it_takes() -> None:
+    """Ray Data ends a job in which no block has moved for half an hour; here nothing does, other than the job itself.
+
+    It cannot tell waiting from hanging. A caption run whose spot nodes are all gone waits for others, which `meddam
+    status` shows; a throttled judge writes its first file after an hour, and has a patience of its own; a part of an
+    ingest may be a thousand slides.
+    """
+    import ray
+
+    ray.data.DataContext.get_current().execution_no_progress_timeout_s = -1  # off
 
 
 def stop_on_sigterm() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,20 @@ def test_gpus_that_do_not_come_are_no_mistake_of_the_settings(
     assert "has 3 of 8 GPUs" in capsys.readouterr().err
     assert asked == [8, 0], "an autoscaler is asked, and told when nothing is wanted any more"
     assert json.loads((out / PROGRESS).read_text())["why"] == "TooFewGpus"
+
+
+def test_a_stage_that_moves_nothing_for_long_does_not_end_the_job(
+    ray_session: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Spot nodes that are gone, or a judge that is throttled: both wait for longer than Ray Data would."""
+    import ray
+
+    context = ray.data.DataContext.get_current()
+    monkeypatch.setattr(context, "execution_no_progress_timeout_s", 0.2)
+
+    def slow(row: dict[str, int]) -> dict[str, int]:
+        time.sleep(2)
+        return row
+
+    with session.session():
+        assert ray.data.range(1).map(slow).take_all() == [{"id": 0}]
