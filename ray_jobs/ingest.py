@@ -44,6 +44,7 @@ from meddam_core.imaging.deidentify import keyed_hash
 from meddam_core.imaging.limits import Limits
 from meddam_core.records import SCHEMA_VERSION, Egress
 from ray_jobs.crosswalk import check_place, write_crosswalk
+from ray_jobs.dataset_files import DATASET, PLAN
 from ray_jobs.ingest_config import Config, LidcIdriConfig
 from ray_jobs.ingest_parts import IngestPart, PartCounts, write_parts
 from ray_jobs.ingest_splits import deal_splits
@@ -56,7 +57,6 @@ logger = logging.getLogger(__name__)
 
 VERSION = 1
 """Of what an ingest means; another one gives other shards for the same source."""
-DATASET, PLAN = "dataset.json", "ingest.json"
 SECRET = "MEDDAM_SECRET"
 LOG_EVERY_S = 10.0
 TRANSIENT = (
@@ -66,8 +66,13 @@ TRANSIENT = (
     "AWS Error SERVICE_UNAVAILABLE",
     "AWS Error REQUEST_TIMEOUT",
     "AWS Error UNKNOWN (HTTP status 503)",
+    r"(occurred \(|the bucket answers )(SlowDown|InternalError|ServiceUnavailable|RequestTimeout|503)",
+    "endpoint URL",
+    "the endpoint does not answer",
 )
-"""A part whose store answers so is tried again, a few times and with pauses; a file is not rejected for it."""
+"""A part whose store answers so, to pyarrow or to boto3, is tried again; a file is not rejected for it."""
+PART_RETRIES = 3
+"""With growing pauses, after those of each request."""
 _PRIVATE = {"secret_file", "crosswalk", "num_cpus"}
 """Settings of this machine, which decide nothing about the shards and are written nowhere."""
 _LABELS = ("splits", "modalities", "recipes")
@@ -154,7 +159,7 @@ def _shards(part: IngestPart, num_parts: int) -> Iterator[PartCounts]:
     import ray
 
     context = ray.data.DataContext.get_current()
-    context.retried_map_errors = list(TRANSIENT)
+    context.retried_map_errors, context.max_map_retries = list(TRANSIENT), PART_RETRIES
     started = shown = time.monotonic()
     parts = ray.data.range(num_parts, override_num_blocks=num_parts)
     images = regions = 0
@@ -185,7 +190,6 @@ def _fingerprint(cfg: Config, source: Source, secret: bytes | None) -> str:
     settings = cfg.model_dump(mode="json", exclude={"out", *_PRIVATE})
     if cfg.labels:  # sets that were made before it could be said keep their fingerprint
         del settings["labels"]
-    settings = cfg.model_dump(mode="json", exclude={"out", *_PRIVATE})
     keyed = keyed_hash(secret, "fingerprint") if secret else None
     rows = 1  # not the schema's version: shards of two of them lie well in one dataset
     facts = [VERSION, rows, type(cfg).__name__, settings, source.fingerprint(), keyed]
@@ -213,15 +217,16 @@ def _begin(cfg: Config, source: Source, secret: bytes | None, salt: bytes, finge
     The plan comes second: a source that turns out to be wrong leaves nothing that a corrected one would collide with.
     """
     uri, plan = storage.join(cfg.out, "_work", "parts.json"), storage.join(cfg.out, PLAN)
-    if storage.exists(uri):
-        found = json.loads(storage.read_bytes(uri))
-        if found["fingerprint"] == fingerprint:
-            return int(found["num_parts"])
-    number = write_parts(cfg.out, source.items(), cfg.images_per_shard, secret, salt)
-    if not number:
-        raise ValueError("the source lists no image; check that its path is right")
-    storage.write_bytes(uri, json.dumps({"num_parts": number, "fingerprint": fingerprint}).encode())
-    storage.write_bytes(plan, json.dumps({"fingerprint": fingerprint, "config": _shown(cfg)}, indent=2).encode())
+    found = json.loads(storage.read_bytes(uri)) if storage.exists(uri) else {}
+    if found.get("fingerprint") == fingerprint:
+        number = int(found["num_parts"])
+    else:
+        number = write_parts(cfg.out, source.items(), cfg.images_per_shard, secret, salt)
+        if not number:
+            raise ValueError("the source lists no image; check that its path is right")
+        storage.write_bytes(uri, json.dumps({"num_parts": number, "fingerprint": fingerprint}).encode())
+    if not storage.exists(plan):  # a driver that was killed here had cut the parts
+        storage.write_bytes(plan, json.dumps({"fingerprint": fingerprint, "config": _shown(cfg)}, indent=2).encode())
     return number
 
 

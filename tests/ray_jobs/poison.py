@@ -1,4 +1,5 @@
-"""A source with an item that ends the process that loads it, as a broken file can do to a decoder written in C."""
+"""Sources that fail: an item ends the process that loads it, as a broken file can do to a decoder written in C, or the
+store is throttled at first."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -39,6 +41,29 @@ class Poisoned(Source):
         pixels = np.full((32, 32), int(item.key), np.uint8)
         decoded = Decoded(stored=pixels, photometric="MONOCHROME2", modality="DX", burned_in_annotation=False)
         return decoded, [SourceRegion(ordinal=0, box=[2, 2, 20, 20])]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Throttled(Poisoned):
+    """The first that is loaded meets a store that asks for less; a file notes that it was so."""
+
+    noted: str
+
+    def load(self, item: SourceItem, limits: Limits) -> tuple[Decoded, list[SourceRegion]]:
+        if not Path(self.noted).exists():
+            Path(self.noted).touch()
+            raise OSError("AWS Error SLOW_DOWN during GetObject operation: Please reduce your request rate.")
+        return Poisoned.load(self, item, limits)
+
+
+class ThrottledConfig(Config):
+    """Ingests a `Throttled` source."""
+
+    noted: str
+    """The file."""
+
+    def source(self) -> Source:
+        return Throttled(count=4, deadly=(), noted=self.noted)
 
 
 class PoisonedConfig(Config):

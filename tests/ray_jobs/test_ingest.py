@@ -26,7 +26,7 @@ from ray_jobs.ingest import run
 from ray_jobs.ingest_config import CocoConfig, Config, ManifestConfig, PhantomsConfig, PydicomSamplesConfig
 from ray_jobs.report import Config as ReportConfig
 from ray_jobs.report import run as report
-from tests.ray_jobs.poison import PoisonedConfig
+from tests.ray_jobs.poison import PoisonedConfig, ThrottledConfig
 
 pytestmark = pytest.mark.usefixtures("ray_session")
 
@@ -199,6 +199,12 @@ def test_a_file_that_kills_its_process_is_left_out_and_the_rest_goes_on(tmp_path
     assert [r["item"] for r in _rejected(out)] == [3, 4]
     ids = [i.image_id for i in _images(out)]
     assert ids == [0, 1, 2, *(1 << 24 | row for row in range(5))]
+
+
+def test_a_part_that_a_throttled_store_interrupted_is_tried_again(tmp_path: Path) -> None:
+    noted = tmp_path / "noted"
+    summary = run(ThrottledConfig(out=str(tmp_path / "out"), noted=str(noted), images_per_shard=2))
+    assert noted.exists() and (summary.num_images, summary.rejected_images) == (4, {})
 
 
 def test_what_cannot_work_is_said_before_any_work(tmp_path: Path, s3_bucket: str) -> None:
