@@ -41,6 +41,10 @@ class StorageError(ValueError):
     """A place that cannot be read or written, with what to do about it."""
 
 
+class BucketError(OSError):
+    """A bucket that did not take an object, after all attempts: where, why, and what to do about it."""
+
+
 def is_s3(uri: str) -> bool:
     """Whether the URI names an object store."""
     return uri.startswith("s3://")
@@ -129,7 +133,7 @@ def read_bytes(uri: str) -> bytes:
 def write_bytes(uri: str, data: bytes) -> None:
     """Puts a whole object in one step, replacing what was there.
 
-    Raises StorageError where a bucket does not take it, OSError where the disk does not.
+    Raises BucketError where a bucket does not take it, another OSError where the disk does not.
     """
     if is_s3(uri):
         return _put(uri, data)
@@ -151,7 +155,7 @@ def _put(uri: str, data: bytes) -> None:
         else:
             s3_client().upload_fileobj(io.BytesIO(data), bucket, key)
     except (BotoCoreError, ClientError) as error:
-        raise StorageError(f"cannot write to {explain(uri, error)}") from error
+        raise BucketError(explain(uri, error)) from error
 
 
 def exists(uri: str) -> bool:
@@ -234,6 +238,8 @@ def list_objects(uri: str, suffix: str = "") -> list[ObjectInfo]:
 
 def explain(uri: str, error: Exception) -> str:
     """What went wrong with a bucket, and what to do, in one sentence. Understands boto3's and pyarrow's errors."""
+    if isinstance(error, BucketError) and isinstance(error.__cause__, Exception):
+        error = error.__cause__
     text = str(error)
     where = f"{uri} (endpoint {s3_endpoint() or 'AWS'})"
     if any(sign in text + type(error).__name__ for sign in ("NoSuchBucket", "NO_SUCH_BUCKET", "Not Found")):
@@ -258,7 +264,7 @@ def check_writable(uri: str) -> None:
     """Puts and deletes a small object. Raises StorageError where that fails."""
     probe = join(uri, f".probe-{uuid.uuid4().hex}")
     try:
-        write_bytes(probe, b"")  # a bucket's StorageError says all that there is to say
+        write_bytes(probe, b"")
         delete(probe)
     except OSError as error:
         raise StorageError(f"cannot write to {explain(uri, error)}") from error

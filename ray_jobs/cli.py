@@ -24,7 +24,7 @@ import typer
 from pydantic import BaseModel
 
 from meddam_core import __version__
-from meddam_core.storage import explain
+from meddam_core.storage import BucketError, explain
 from ray_jobs import (
     adjudicate,
     audit,
@@ -148,33 +148,7 @@ _job(
 )  # fmt: skip
 
 
-def _of_caption(name: str) -> Any:
-    """An option of `meddam caption`, offered by another command too."""
-    return typer.Option(help=caption_config.Config.model_fields[name].description, show_default=False)
-
-
-@app.command("retry")
-def _retry(
-    run: Annotated[str, typer.Argument(help="The run directory, on S3 or disk.", show_default=False)],
-    config_file: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="YAML file with settings that may change.")
-    ] = None,
-    num_captioners: Annotated[int | None, _of_caption("num_captioners")] = None,
-    num_cpus: Annotated[int | None, _of_caption("num_cpus")] = None,
-    wait_for_gpus: Annotated[int | None, _of_caption("wait_for_gpus")] = None,
-    wait_for_gpus_s: Annotated[float | None, _of_caption("wait_for_gpus_s")] = None,
-    as_json: JsonFlag = False,
-) -> None:
-    """Caption again what failed in a published run.
-
-    The captions are a further attempt; where it succeeds they replace the failed ones in a new generation.
-    """
-    _finish(
-        retry.run(
-            run, config_file, num_captioners=num_captioners, num_cpus=num_cpus, wait_for_gpus=wait_for_gpus,
-            wait_for_gpus_s=wait_for_gpus_s,
-        ), as_json,
-    )  # fmt: skip
+_job("retry", retry.Config, retry.run, ["run"], {}, inspect.getdoc(retry.Config) or "")
 
 
 @app.command("audit")
@@ -397,6 +371,8 @@ def _sentence(error: ValueError | OSError) -> str | None:
     """What the user can mend; None for errors that only a traceback explains."""
     if isinstance(error, ValueError):
         return str(error)
+    if isinstance(error, BucketError):
+        return str(getattr(error, "cause", error))  # out of a Ray task it is wrapped
     if "AWS Error" in str(error):  # pyarrow's own, from a place that expected the bucket to be there
         return explain("the bucket", error)
     text = str(error)

@@ -21,7 +21,6 @@ from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Literal
 
-from meddam_core.storage import StorageError
 from ray_jobs.monitor import Totals
 from ray_jobs.progress import speed_figures
 from ray_jobs.run_directory import RunDirectory
@@ -90,7 +89,7 @@ class ProgressFile:
         self._written_s = time.monotonic()
         try:
             self._directory.write_json(self._said | {"updated_at": _now()}, PROGRESS)
-        except (OSError, StorageError) as error:
+        except OSError as error:
             logger.warning("progress.json was not written (%s); the run goes on", type(error).__name__)
 
 

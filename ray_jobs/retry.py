@@ -1,6 +1,7 @@
 """Caption again what failed in a published run: a further attempt, and a new generation of its table.
 
     meddam retry s3://bucket/runs/one
+    meddam retry s3://bucket/runs/one --num-captioners 2 --config changed.yaml
 
 Settings are the run's own, from its run.json; those that don't decide a caption may be changed by a file. How many
 GPUs and CPUs there should be is not taken over: three failed images need no thirty-two GPUs.
@@ -8,36 +9,47 @@ GPUs and CPUs there should be is not taken over: three failed images need no thi
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from pydantic import BaseModel, ConfigDict, Field
 
-from ray_jobs import caption
-from ray_jobs.caption_config import Config
+from ray_jobs import caption, caption_config
 from ray_jobs.estimate import Estimate
 from ray_jobs.module_command import run_as
 from ray_jobs.options import build
 from ray_jobs.run_directory import RUN, RunDirectory
 from ray_jobs.summary import Summary
 
-OF_THE_CLUSTER = ("num_captioners", "num_cpus", "wait_for_gpus", "wait_for_gpus_s")
-"""Settings that a retry has of its own."""
 
+class Config(BaseModel):
+    """Caption again what failed in a published run, as a further attempt; where it succeeds it replaces what failed.
 
-def run(uri: str, config_file: Path | None = None, **of_the_cluster: Any) -> Summary | Estimate:
-    """Captions the failed images of the run at `uri` once more.
-
-    Args:
-        uri: the run directory.
-        config_file: YAML with settings that may change, such as the number of captioners.
-        of_the_cluster: settings of OF_THE_CLUSTER; None is the default of `meddam caption`.
-
-    Raises as `ray_jobs.caption.run` does, and ValueError where `uri` is no run directory.
+    Other settings than these are the run's own. The file may change those of them that decide no caption.
     """
-    described = RunDirectory(uri).read_json(RUN)
+
+    model_config = ConfigDict(extra="allow", frozen=True, use_attribute_docstrings=True)  # `meddam caption` looks at it
+
+    run: str
+    """The run directory, on S3 or disk."""
+    num_captioners: int | None = Field(None, ge=1)
+    """Actors that hold the model: by default one a GPU of the cluster, or one; not the run's number."""
+    wait_for_gpus: int | None = Field(None, ge=1)
+    """Begin when the cluster has so many GPUs, and ask an autoscaler for them; by default with those that are there."""
+    wait_for_gpus_s: float = Field(3600.0, gt=0)
+    """Longest wait for them, seconds."""
+    num_cpus: int | None = Field(None, ge=2)
+    """CPUs of a Ray session started on this machine."""
+
+
+def run(cfg: Config) -> Summary | Estimate:
+    """Captions the failed images of the run once more.
+
+    Raises as `ray_jobs.caption.run` does, and ValueError where there is no run directory.
+    """
+    described = RunDirectory(cfg.run).read_json(RUN)
     if described is None:
-        raise ValueError(f"{uri} is not a run directory: it has no {RUN}; give the --out of `meddam caption`")
-    kept = {name: value for name, value in described["config"].items() if name not in OF_THE_CLUSTER}
-    return caption.run(build(Config, of_the_cluster, config_file, kept | {"out": uri}), retry=True)
+        raise ValueError(f"{cfg.run} is not a run directory: it has no {RUN}; give the --out of `meddam caption`")
+    kept = {name: value for name, value in described["config"].items() if name not in Config.model_fields}
+    given = cfg.model_dump(exclude={"run"}, exclude_unset=True)
+    return caption.run(build(caption_config.Config, {}, None, kept | given | {"out": cfg.run}), retry=True)
 
 
 if __name__ == "__main__":  # the same options as `meddam retry`

@@ -126,7 +126,7 @@ def test_a_request_is_tried_as_often_as_it_is_said(
     with faulty(s3_endpoint, Faults(throttled=1.0)) as server:
         monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
         for number, call in enumerate((storage.list_objects, lambda uri: storage.write_bytes(uri, b"x")), start=1):
-            with pytest.raises(storage.StorageError, match="the bucket answers SlowDown"):
+            with pytest.raises((storage.StorageError, storage.BucketError), match="the bucket answers SlowDown"):
                 call(f"{s3_bucket}/a")
             assert server.given["throttled"] == 2 * number
 
@@ -150,7 +150,7 @@ def test_a_bucket_that_is_not_there_is_named(s3_bucket: str) -> None:
         storage.list_objects("s3://no-such-bucket-here/shards/")
     with pytest.raises(storage.StorageError, match=r"no-such-bucket-here.*does not exist"):
         storage.check_writable("s3://no-such-bucket-here/run")
-    with pytest.raises(storage.StorageError, match=r"no-such-bucket-here.*does not exist"):
+    with pytest.raises(storage.BucketError, match=r"no-such-bucket-here.*does not exist"):
         storage.write_bytes("s3://no-such-bucket-here/run/a.json", b"{}")
 
 
@@ -159,8 +159,8 @@ def test_an_endpoint_that_is_dead_is_named(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
     monkeypatch.setattr(storage, "S3_ATTEMPTS", 1)
-    for call in (storage.list_objects, lambda uri: storage.write_bytes(uri, b"x")):
-        with pytest.raises(storage.StorageError, match=r"127\.0\.0\.1:9.*does not answer"):
+    for call in (storage.list_objects, storage.check_writable, lambda uri: storage.write_bytes(uri, b"x")):
+        with pytest.raises((storage.StorageError, storage.BucketError), match=r"127\.0\.0\.1:9.*does not answer"):
             call("s3://bucket/shards/403")
 
 

@@ -123,14 +123,19 @@ def test_a_retry_has_gpus_and_cpus_of_its_own(
     done = Summary(state="complete", attempt=2, num_images=3, num_regions=3, engine="e", kernels="k")
     seen: list[caption_config.Config] = []
     monkeypatch.setattr(caption, "run", lambda cfg, retry: seen.append(cfg) or done)
+    (tmp_path / "changed.yaml").write_text("slots: 5\nnum_cpus: 8\n")
     given = ["--num-captioners", "2", "--wait-for-gpus", "1", "--wait-for-gpus-s", "60", "--num-cpus", "4"]
+    given += ["--config", str(tmp_path / "changed.yaml")]
     for options in ([], given):
         assert meddam(capsys, "retry", str(tmp_path), *options)[0] == 0
     here = {"out": str(tmp_path)}
     default = {name: caption_config.Config.model_fields[name].default for name in of_the_run}
     assert seen[0] == begun.model_copy(update=here | default)
-    own = {"num_captioners": 2, "wait_for_gpus": 1, "wait_for_gpus_s": 60.0, "num_cpus": 4}
+    own = {"num_captioners": 2, "wait_for_gpus": 1, "wait_for_gpus_s": 60.0, "num_cpus": 4, "slots": 5}
     assert seen[1] == begun.model_copy(update=here | own)
+    (tmp_path / "changed.yaml").write_text("slot: 5\n")
+    code, _, err = meddam(capsys, "retry", str(tmp_path), "--config", str(tmp_path / "changed.yaml"))
+    assert code == 2 and "there is no setting 'slot'; did you mean 'slots'?" in err
 
 
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:

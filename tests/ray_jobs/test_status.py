@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from meddam_core.storage import StorageError
+from meddam_core.storage import BucketError
 from ray_jobs import caption, progress_file
 from ray_jobs.monitor import Totals
 from ray_jobs.progress_file import PROGRESS, ProgressFile
@@ -112,7 +112,7 @@ def test_a_driver_that_ends_badly_says_so(directory: RunDirectory, error: BaseEx
     assert (found.state, found.why) == (state, type(error).__name__)
 
 
-@pytest.mark.parametrize("kind", [OSError, StorageError])
+@pytest.mark.parametrize("kind", [OSError, BucketError])
 def test_a_store_that_refuses_progress_does_not_end_the_run(
     kind: type[Exception], directory: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
