@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image as PILImage
 
+from meddam_core.storage import BucketError
 from ray_jobs import caption, caption_config, cli, demo, describe, report
 from ray_jobs.ingest_config import SOURCES
 from ray_jobs.summary import Summary
@@ -149,6 +150,10 @@ def test_a_bucket_that_is_not_there_is_a_sentence(s3_bucket: str, capsys: pytest
     assert code == 2
     assert "s3://nowhere-at-all/x" in err
     assert "does not exist" in err
+
+
+def test_a_bucket_that_takes_no_object_is_a_sentence() -> None:
+    assert cli._sentence(BucketError("s3://b/a: access was refused")) == "s3://b/a: access was refused"
 
 
 def test_describe_by_box_and_by_mask(picture: str, capsys: pytest.CaptureFixture[str]) -> None:
