@@ -177,14 +177,13 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
 
     with session():
         wait_for_gpus(cfg.wait_for_gpus, cfg.wait_for_gpus_s)
-        alive = [n["NodeID"] for n in ray.nodes() if n["Alive"]]
-        probe = ray.remote(node_facts)
+        alive = [n for n in ray.nodes() if n["Alive"]]
+        probe = ray.remote(_facts_there)
         asked = []
         for node in alive:
-            there = NodeAffinitySchedulingStrategy(node, soft=False)
-            asked.append(
-                probe.options(num_cpus=0, max_retries=0, scheduling_strategy=there).remote(cfg.model, time.time())
-            )
+            there = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            placed = probe.options(num_cpus=0, max_retries=0, scheduling_strategy=there)
+            asked.append(placed.remote(cfg.model, time.time(), node["Resources"].get("object_store_memory")))
         done, late = ray.wait(asked, num_returns=len(asked), timeout=cfg.wait_s)
         nodes = [ray.get(answer) for answer in done]
         for facts in nodes:  # a worker process may have taken some of this time to start
@@ -197,6 +196,13 @@ def _cluster(cfg: Config) -> tuple[list[dict[str, Any]], list[Finding]]:
         if cpus < 2:
             found.append(Finding(about="CPUs", state="problem", said=f"{cpus:g}", todo="a run needs two at least"))
         return nodes, found
+
+
+def _facts_there(model: str | None, sent_s: float, store_bytes: float | None) -> dict[str, Any]:
+    """What a node of the cluster is, with what Ray has taken of it; runs there."""
+    import ray
+
+    return node_facts(model, sent_s, store_bytes, ray.get_runtime_context().get_temp_dir())
 
 
 if __name__ == "__main__":  # the same options as `meddam doctor`

@@ -1,6 +1,7 @@
 """What a machine has and lacks for a run, looked at from within: versions, GPUs, disk, limits, weights.
 
     facts = node_facts("/weights/DAM-3B", sent_s=time.time())         # in a process of each node
+    facts = node_facts(store_bytes=8e9, spill="/scratch/ray")         # where Ray has begun: what it took, and where
     findings = judged(facts)
 
 Needs no Ray, so that it can also say what is wrong with a machine that Ray won't start on.
@@ -29,8 +30,8 @@ OF_GPU_NODES = ("deepspeed", "deepspeed-mii")
 """Packages that the image for CPUs does not hold."""
 MIN_OPEN_FILES = 8192
 MIN_DISK_GB = 20.0
-MIN_SHM_SHARE = 0.2
-"""Of the memory that the node may use: less shared memory, and Ray's object store is a file on a disk."""
+STORE_SHARE, STORE_MOST_BYTES, STORE_NEVER_CUT_BYTES, STORE_OF_SHM = 0.3, 200e9, 10e9, 0.95
+"""Of Ray's rule for the size of an object store that is not told one: see `store_size`."""
 MAX_SKEW_S = 60.0
 """S3 refuses requests from clocks that are a quarter of an hour off; leases and logs suffer before."""
 MIN_CAPABILITY = (8, 0)
@@ -48,17 +49,31 @@ class Finding(BaseModel):
     todo: str | None = None
 
 
-def node_facts(model: str | None = None, sent_s: float | None = None) -> dict[str, Any]:
-    """What this machine is. `sent_s` is the asker's clock when it asked."""
+def node_facts(
+    model: str | None = None, sent_s: float | None = None, store_bytes: float | None = None, spill: str | None = None
+) -> dict[str, Any]:
+    """What this machine is.
+
+    Args:
+        model: checkpoint folder to look for.
+        sent_s: the asker's clock when it asked.
+        store_bytes: size of the object store, where Ray runs here; by default what it would take.
+        spill: folder that Ray spills to, where it runs here; by default where it would.
+    """
+    memory = memory_bytes()
+    shm = shutil.disk_usage("/dev/shm").total if Path("/dev/shm").is_dir() else 0
+    folder = _existing(spill or os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
     return {
         "node": socket.gethostname(),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "cpus": os.cpu_count() or 1,
-        "memory_gb": round(memory_bytes() / 1e9, 1),
-        "shm_gb": round(shutil.disk_usage("/dev/shm").total / 1e9, 1) if Path("/dev/shm").is_dir() else 0.0,
-        "disk_gb": round(shutil.disk_usage(tempfile.gettempdir()).free / 1e9, 1),
-        "spill_device": _device(tempfile.gettempdir()),
+        "memory_gb": round(memory / 1e9, 1),
+        "shm_gb": round(shm / 1e9, 2),
+        "store_gb": round((store_bytes or store_size(memory, shm)) / 1e9, 2),
+        "disk_gb": round(shutil.disk_usage(folder).free / 1e9, 1),
+        "spill": folder,
+        "spill_device": _device(folder),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "clock_s": None if sent_s is None else time.time() - sent_s,
         "gpus": _gpus(),
@@ -71,13 +86,14 @@ def judged(facts: dict[str, Any]) -> list[Finding]:
     """What its facts mean for a run."""
     found = [
         _python(facts["python"]),
-        _room("shared memory", facts["shm_gb"], MIN_SHM_SHARE * facts["memory_gb"], "GB",
-              "give the container more (--shm-size, or an emptyDir of medium Memory): Ray's object store lives there"),
-        _room("disk for spilling", facts["disk_gb"], MIN_DISK_GB, "GB free",
+        _room("shared memory", facts["shm_gb"], facts["store_gb"], "GB",
+              "give the container more (--shm-size, or an emptyDir of medium Memory), or Ray less "
+              "(--object-store-memory): an object store that does not fit is a file on a disk"),
+        _room("disk for spilling", facts["disk_gb"], MIN_DISK_GB, f"GB free at {facts['spill']}",
               "free some, or start Ray with --temp-dir on a larger disk"),
         _room("open files", facts["open_files"], MIN_OPEN_FILES, "",
               "raise it (ulimit -n, LimitNOFILE, --ulimit nofile): Ray opens thousands of sockets"),
-        _spill(facts["spill_device"]),
+        _spill(facts["spill"], facts["spill_device"]),
     ]  # fmt: skip
     if facts["clock_s"] is not None and abs(facts["clock_s"]) > MAX_SKEW_S:
         found.append(_bad("clock", f"{facts['clock_s']:+.0f} s off", "let it follow NTP: S3 refuses such clocks"))
@@ -115,6 +131,19 @@ def _release(version: str | None) -> str | None:
     return None if version is None else version.partition("+")[0]
 
 
+def store_size(memory: int, shm: int) -> float:
+    """Bytes that Ray gives an object store which is not told its size (`resolve_object_store_memory` of Ray 2.60).
+
+    A share of the memory, cut to the size of /dev/shm only where that is larger than 10 GB. A store that does not fit
+    into /dev/shm comes to lie in Ray's temporary folder.
+
+    Args:
+        memory: bytes that the node may use. Ray takes its share of what is free when it starts, which is less.
+        shm: bytes of /dev/shm.
+    """
+    return min(STORE_SHARE * memory, STORE_MOST_BYTES, max(STORE_NEVER_CUT_BYTES, STORE_OF_SHM * shm))
+
+
 def memory_bytes(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> int:
     """What this process may use: the machine's memory, or less where a container or a job has a limit.
 
@@ -150,6 +179,12 @@ def _room(about: str, has: float, wants: float, unit: str, todo: str) -> Finding
     return Finding(about=about, state="warning", said=f"{said}, {wants:.3g} or more is advised", todo=todo)
 
 
+def _existing(folder: str) -> str:
+    """The folder, or what it will be made in."""
+    at = Path(folder).absolute()
+    return str(next(path for path in (at, *at.parents) if path.is_dir()))
+
+
 def _device(folder: str) -> str:
     """What a folder lies on: memory, dm-crypt, or the kernel's name of the file system or device."""
     at = Path(folder).resolve()
@@ -163,12 +198,14 @@ def _device(folder: str) -> str:
     return "dm-crypt" if uuid.exists() and uuid.read_text().startswith("CRYPT-") else source
 
 
-def _spill(device: str) -> Finding:
+def _spill(folder: str, device: str) -> Finding:
     """Where Ray's object store is written when it is full: pixels of patients, for a while."""
     if device in ("memory", "dm-crypt"):
         return Finding(about="spilled pixels", state="ok", said=f"stay in {device}")
-    said = f"{device} is not encrypted by this machine"
-    todo = "give /tmp an encrypted volume (docs/security.md); one that the cloud encrypts cannot be told from here"
+    said = f"{device}, which holds {folder}, is not encrypted by this machine"
+    todo = (
+        "give that folder an encrypted volume (docs/security.md); one that the cloud encrypts cannot be told from here"
+    )
     return Finding(about="spilled pixels", state="warning", said=said, todo=todo)
 
 

@@ -40,6 +40,7 @@ def test_a_caption_job_is_submitted_with_a_token_and_not_without(head: Head, tmp
 def test_exit_codes_cancel_and_resume_of_jobs(head: Head, tmp_path: Path) -> None:
     looked = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.doctor", "--model", MODEL)
     assert looked.returncode == 0, looked.stdout[-4000:]
+    assert f"GB free at {head.logs.parents[1]}" in looked.stdout, "where this head spills to"
     assert "the same on 1 node" in looked.stdout and "RAY_AUTH_MODE=token" in looked.stdout
     wrong = head.ray(*SUBMIT, "--", "python", "-m", "ray_jobs.caption", str(tmp_path), "--out", "x", "--model", MODEL)
     assert wrong.returncode != 0 and "there are no image shards" in wrong.stdout + wrong.stderr

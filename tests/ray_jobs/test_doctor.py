@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from meddam_core import storage
-from ray_jobs.doctor import Config, bucket_findings, run
-from ray_jobs.doctor_node import judged, memory_bytes, node_facts, together
+from ray_jobs.doctor import Config, _cluster, bucket_findings, run
+from ray_jobs.doctor_node import judged, memory_bytes, node_facts, store_size, together
 
 MODEL = str(Path(__file__).parents[1] / "data/oracle/dam_tiny/checkpoint")
 
@@ -55,6 +55,7 @@ def test_each_lack_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"name": "L4", "memory_gb": 12.0, "capability": (8, 9)}
     for change, about, state in (
         ({"python": "3.13.0"}, "python", "problem"), ({"shm_gb": 0.06}, "shared memory", "warning"),
+        ({"shm_gb": 8.59, "store_gb": 10.0}, "shared memory", "warning"),
         ({"disk_gb": 1.0}, "disk for spilling", "warning"), ({"open_files": 1024}, "open files", "warning"),
         ({"clock_s": -400.0}, "clock", "problem"), ({"weights": False}, "weights", "problem"),
         ({"spill_device": "/dev/sda1"}, "spilled pixels", "warning"),
@@ -63,6 +64,45 @@ def test_each_lack_is_found_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         found = [f for f in judged(fit | change) if f.state != "ok"]
         assert [(f.about, f.state) for f in found] == [(about, state)] and found[0].todo, change
+
+
+@pytest.mark.parametrize("memory_gib", [8, 16, 32, 192, 2048])
+@pytest.mark.parametrize("shm_gib", [0, 4, 8, 12, 60, 1024])
+def test_an_object_store_is_as_large_as_ray_makes_it(
+    memory_gib: int, shm_gib: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from ray._private import utils
+
+    memory, shm = memory_gib << 30, shm_gib << 30
+    monkeypatch.setattr(utils, "get_shared_memory_bytes", lambda: shm)
+    assert store_size(memory, shm) == pytest.approx(utils.resolve_object_store_memory(memory))
+
+
+def test_a_store_that_was_told_its_size_is_judged_by_that() -> None:
+    told, default = node_facts(store_bytes=3e9), node_facts()
+    assert told["store_gb"] == 3.0 != default["store_gb"]
+    assert states(told | {"shm_gb": 4.29})["shared memory"] == "ok"
+
+
+def test_the_disk_that_is_looked_at_is_the_one_that_ray_spills_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "not/yet/there"))
+    assert node_facts()["spill"] == str(tmp_path)
+    facts = node_facts(spill="/dev/shm")
+    assert facts["spill"] == "/dev/shm" and facts["spill_device"] == "memory"
+    (disk,) = [f for f in judged(facts | {"disk_gb": 1.0}) if f.about == "disk for spilling"]
+    assert "/dev/shm" in disk.said
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_nodes_of_a_cluster_are_judged_by_what_ray_took_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    import ray
+
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    (facts,), _ = _cluster(Config())
+    assert facts["spill"] == ray.get_runtime_context().get_temp_dir()
+    assert facts["store_gb"] == round(ray.cluster_resources()["object_store_memory"] / 1e9, 2)
 
 
 def test_nodes_of_different_versions_are_found() -> None:
