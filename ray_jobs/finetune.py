@@ -95,8 +95,11 @@ def run(cfg: Config) -> Summary:
 
 def _open(cfg: Config, directory: RunDirectory) -> Spec:
     """Checks and notes what is to be done, and finds the data. Raises ValueError where a resume would change it."""
+    from meddam_core.training.adapt import import_peft
     from meddam_core.training.data import CaptionTable, files_of_shards
 
+    if cfg.train == "lora":
+        import_peft()  # before anything is read or begun
     # captions are joined by region id; without a table two datasets may hold the same ids
     named = Counter(cfg.shards)  # a folder named twice comes twice as often
     places = [list(named)] if cfg.captions else [[uri] for uri in named]

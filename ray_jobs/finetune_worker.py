@@ -276,7 +276,8 @@ def _export(dam: Any, cfg: Config) -> None:
     from meddam_core.dam.checkpoint import save_dam
     from meddam_core.training.adapt import merge_lora
 
-    merge_lora(dam)
+    if cfg.train == "lora":  # what has none of it needs no peft
+        merge_lora(dam)
     with tempfile.TemporaryDirectory() as folder:
         save_dam(dam, folder)
         files = sorted(p for p in Path(folder).rglob("*") if p.is_file())

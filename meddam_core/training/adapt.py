@@ -23,16 +23,15 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 def adapt(dam: Dam, mode: Mode, *, rank: int = 16, alpha: int | None = None) -> None:
     """Sets which parameters are trained; for LoRA also adds its own, in float32, starting as no change at all.
 
-    Raises ValueError for an unknown mode.
+    Raises ValueError for an unknown mode, and for LoRA where peft is not installed.
     """
     if mode not in get_args(Mode):
         raise ValueError(f"there is no way of training {mode!r}; use one of {', '.join(get_args(Mode))}")
     dam.requires_grad_(mode == "full")
     if mode == "lora":
-        from peft import LoraConfig, inject_adapter_in_model
-
-        config = LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=LORA_TARGETS, lora_dropout=0.0)
-        inject_adapter_in_model(config, dam.llm)
+        peft = import_peft()
+        config = peft.LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=LORA_TARGETS, lora_dropout=0.0)
+        peft.inject_adapter_in_model(config, dam.llm)
     if mode == "language":
         dam.llm.requires_grad_(True)
     if mode != "full":
@@ -41,6 +40,15 @@ def adapt(dam: Dam, mode: Mode, *, rank: int = 16, alpha: int | None = None) -> 
         dam.context_provider.requires_grad_(True)
     for module in dead_modules(dam):
         module.requires_grad_(False)
+
+
+def import_peft() -> Any:
+    """The library. Raises ValueError where it is missing."""
+    try:
+        import peft
+    except ImportError as error:
+        raise ValueError("--train lora needs peft: pip install 'meddam[train]', or use --train language") from error
+    return peft
 
 
 def dead_modules(dam: Dam) -> list[nn.Module]:

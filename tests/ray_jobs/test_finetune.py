@@ -273,6 +273,18 @@ def test_everything_may_lie_on_s3(data: tuple[str, str], plain: Path, s3_bucket:
     assert [step for step, _ in checkpoints(cfg.out)] == [2, 4]
 
 
+def test_only_lora_needs_peft_and_says_so_before_anything_is_begun(
+    data: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("peft", "peft.tuners.lora"):  # as where it is not installed
+        monkeypatch.setitem(sys.modules, name, None)
+    finetune.run(config(data, tmp_path / "whole", max_steps=1))
+    assert (tmp_path / "whole/model/config.json").is_file()
+    with pytest.raises(ValueError, match=r"needs peft: pip install 'meddam\[train\]'"):
+        finetune.run(config(data, tmp_path / "lora", train="lora", num_workers=1))
+    assert not (tmp_path / "lora/run.json").exists()
+
+
 @pytest.mark.parametrize("train", ["lora", "language", "projector"])
 def test_parts_of_a_model_are_trained_and_written_whole(data: tuple[str, str], tmp_path: Path, train: str) -> None:
     finetune.run(config(data, tmp_path / "out", train=train, max_steps=2, dtype="bfloat16", accumulate=2))
