@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.head import ROOT
 from tests.faults import suite
 from tests.faults.notes import RoundNotes
 from tests.faults.scene import Case, Scene, Skipped, Told
@@ -20,6 +21,10 @@ def test_a_case_that_is_not_there_is_named(capsys: pytest.CaptureFixture[str]) -
     with pytest.raises(SystemExit):
         suite.main(["--only", "node,earthquake"])
     assert "no case earthquake; there are node, " in capsys.readouterr().err
+
+
+def test_the_runbook_names_as_many_faults_as_are_staged() -> None:
+    assert len(suite.CASES) == 15 and "stages fifteen of these faults" in (ROOT / "docs/runbook.md").read_text()
 
 
 def test_rounds_are_counted_for_their_code_and_in_a_row(tmp_path: Path) -> None:
