@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from ray_jobs.audit import audit
 from ray_jobs.run_directory import RunDirectory
 from tests.cluster.head import BIN, ROOT
+from tests.cluster.manifests import check_command
 from tests.faults.processes import kill, title
 from tests.ray_jobs.made_shards import make_shards
 
@@ -54,7 +57,8 @@ def submitted(tmp_path: Path, **settings: str) -> tuple[int, str]:
 
 
 def test_each_step_has_its_cores_its_gpus_and_what_the_container_needs(tmp_path: Path) -> None:
-    passed = {"AWS_SESSION_TOKEN": "t", "AWS_ENDPOINT_URL_S3": "https://store", "AWS_DEFAULT_REGION": "r"}
+    passed = {"AWS_SESSION_TOKEN": "t", "AWS_ENDPOINT_URL_S3": "https://store", "AWS_DEFAULT_REGION": "r",
+              "MEDDAM_RAY_LOGS": "1", "MEDDAM_SECRET": "s", "OPENAI_API_KEY": "k"}  # fmt: skip
     code, said = submitted(
         tmp_path, SLURM_TMPDIR="/scratch/7", AWS_CA_BUNDLE="/etc/ca.pem", CUDA_VISIBLE_DEVICES="2,3", **passed
     )
@@ -65,7 +69,30 @@ def test_each_step_has_its_cores_its_gpus_and_what_the_container_needs(tmp_path:
     for name, value in (passed | {"CUDA_VISIBLE_DEVICES": "2,3"}).items():
         assert f"APPTAINERENV_{name}={value}\n" in started
     assert "SRUN_CPUS_PER_TASK=48\n" in started and "--num-cpus=48" in said
-    assert "--wait-for-gpus 4" in said
+    assert "python -m ray_jobs.caption /data/set --wait-for-gpus 4" in said
+
+
+@pytest.mark.parametrize(
+    ("job", "command"),
+    [("doctor", "ray_jobs.doctor /data/set --wait-for-gpus 4"), ("retry", "ray_jobs.retry /data/set"),
+     ("judge", "ray_jobs.judge /data/set")],
+)  # fmt: skip
+def test_every_command_can_be_the_job(tmp_path: Path, job: str, command: str) -> None:
+    code, said = submitted(tmp_path, JOB=job)
+    assert code == 0 and f"python -m {command}\n" in said, "and only those that know it are told to wait for GPUs"
+
+
+def test_the_documentations_jobs_are_commands() -> None:
+    page = (ROOT / "docs/cluster.md").read_text()
+    typed = re.findall(r"^(?:JOB=(\w+) )?sbatch .*caption\.sbatch (.*)$", page, re.MULTILINE)
+    assert {job or "caption" for job, _ in typed} >= {"caption", "doctor", "retry"}
+    for job, words in typed:
+        check_command([job or "caption", *shlex.split(words)])
+
+
+def test_an_audit_that_misses_something_is_not_repeated(tmp_path: Path) -> None:
+    code, said = submitted(tmp_path, JOB="audit", ENDS_WITH="4")
+    assert code == 4 and "requeued" not in said
 
 
 @pytest.mark.parametrize(
