@@ -50,13 +50,20 @@ def pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def all_pods(without: str | None = None) -> list[dict[str, Any]]:
-    """Every pod that the manifests lead to, the one that submits too."""
+    """Every pod that the manifests lead to: the one that submits, those of Ray, and those that stand alone."""
     submits = [d["spec"]["submitterPodTemplate"]["spec"] for _, d in documents(without) if d["kind"] == "RayJob"]
-    return submits + [pod for _, spec in ray_clusters(without) for pod in pods(spec)]
+    alone = [d["spec"] for _, d in documents(without) if d["kind"] == "Pod"]
+    return submits + [pod for _, spec in ray_clusters(without) for pod in pods(spec)] + alone
 
 
 def containers(pod: dict[str, Any]) -> list[dict[str, Any]]:
     return [*pod.get("initContainers", []), *pod["containers"]]
+
+
+def amount(text: str) -> float:
+    """A quantity of Kubernetes."""
+    number, unit = re.fullmatch(r"(\d+)(m|Gi|Ti)?", text).groups()  # type: ignore[union-attr]
+    return int(number) * {None: 1.0, "m": 0.001, "Gi": 1.0 * 2**30, "Ti": 1.0 * 2**40}[unit]
 
 
 def check_command(words: list[str]) -> None:

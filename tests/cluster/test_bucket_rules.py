@@ -6,6 +6,8 @@ import datetime
 import fnmatch
 import ipaddress
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import boto3
+import numpy as np
 import pytest
 
 from meddam_core import storage
@@ -26,7 +29,7 @@ from tests.cluster.head import ROOT
 from tests.conftest import s3_environment
 from tests.faults.faulty_s3 import Faults, faulty
 from tests.faults.kill_and_resume import MODEL, Job
-from tests.ray_jobs.made_shards import make_shards
+from tests.ray_jobs.made_shards import make_shards, png
 
 pytestmark = pytest.mark.s3
 AWS = ROOT / "cluster/aws"
@@ -201,7 +204,7 @@ def test_a_bucket_takes_what_names_no_key_or_its_own_and_nothing_else() -> None:
     ):  # fmt: skip
         assert denied(policy, "s3:PutObject", usual | sent) == refused, sent
     assert denied(policy, "s3:PutObject", usual | {"aws:SecureTransport": "false"}) == ["OnlyOverTls"]
-    for right in ("s3:GetObject", "s3:PutObject", "s3:DeleteObject"):
+    for right in ("s3:GetObject", "s3:PutObject", "s3:DeleteObject", "s3:GetObjectVersion", "s3:DeleteObjectVersion"):
         assert denied(policy, right, {"aws:SecureTransport": "true"}) == ["OnlyFromInside"]
     assert denied(policy, "s3:ListBucket", {"aws:SecureTransport": "true"}) == []
 
@@ -246,6 +249,29 @@ def test_who_writes_and_withdraws_datasets_has_rights_for_that(
         asked = dict(server.asked)
     assert found.num_images and refusals("data-policy", bucket, asked) == []
     assert {right for right, *_ in refusals("role-policy", bucket, asked)} == {"s3:DeleteObject", "s3:PutObject"}
+
+
+@pytest.mark.slow
+def test_who_ingests_has_rights_to_read_the_source_out_of_the_bucket(
+    s3_bucket: str, s3_endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket = s3_bucket.removeprefix("s3://")
+    lines = [{"image": f"{i}.png", "box": [8, 8, 40, 40], "label": "nodule"} for i in range(4)]
+    for i in range(4):
+        storage.write_bytes(f"{s3_bucket}/source/films/{i}.png", png(np.full((64, 64, 3), 50 * i, np.uint8)))
+    storage.write_bytes(f"{s3_bucket}/source/films/list.jsonl", "\n".join(map(json.dumps, lines)).encode())
+    with faulty(s3_endpoint, Faults()) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
+        command = [
+            sys.executable, "-m", "ray_jobs.ingest", "manifest", f"{s3_bucket}/source/films/list.jsonl", "--out",
+            f"{s3_bucket}/set/films", "--num-cpus", "2",
+        ]  # fmt: skip
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300)
+        asked = dict(server.asked)
+    assert done.returncode == 0 and "4 images" in done.stdout, done.stdout + done.stderr
+    assert any(action(*request)[1].startswith("source/") for request in asked)
+    assert refusals("data-policy", bucket, asked) == []
+    assert "s3:GetObject" in {right for right, *_ in refusals("role-policy", bucket, asked)}, "a run reads no source"
 
 
 def test_the_endpoint_may_fetch_its_weights_and_nothing_else(

@@ -10,6 +10,7 @@ import ipaddress
 import json
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tests.cluster.manifests import (
     STEPS,
     STORES,
     all_pods,
+    amount,
     check_command,
     containers,
     documents,
@@ -95,6 +97,19 @@ def test_the_steps_apply_every_manifest_and_replace_every_placeholder() -> None:
     assert sorted(STORES) == ["# AWS", "# MinIO"]
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_the_names_that_one_puts_in_reach_every_place(store: str, tmp_path: Path) -> None:
+    """The steps' own lines, on a copy."""
+    shutil.copytree(CLUSTER, tmp_path / "cluster")
+    typed = [line for line in STEPS.splitlines() if line.startswith("sed -i") and ("BUCKET" in line or store in line)]
+    assert len(typed) == 2
+    for line in typed:
+        subprocess.run(["bash", "-c", line], cwd=tmp_path, check=True)
+    lines = [(f.name, x) for f in (tmp_path / "cluster/kuberay").glob("*.yaml") for x in f.read_text().splitlines()]
+    left = [(name, line) for name, line in lines if re.search(r"BUCKET|registry\.example", line.partition("#")[0])]
+    assert len(lines) > 200 and left == []
+
+
 def test_no_file_needs_a_kind_that_its_step_does_not_bring() -> None:
     """`kubectl apply` of a file ends with an error where one kind in it is unknown to the cluster."""
     groups = {name: {d["apiVersion"].partition("/")[0] for n, d in documents() if n == name} for name, _ in documents()}
@@ -161,7 +176,7 @@ def test_the_network_policies_let_pods_out_to_the_bucket_and_no_further() -> Non
     run, serve = ([t["metadata"]["labels"] for t in templates(c)] for c in (job, service))
     endpoint = re.match(r"https://\w+\.(\w+)\.svc:(\d+)", the("ConfigMap")["data"]["AWS_ENDPOINT_URL"])
     assert endpoint is not None
-    for labels in (*run, *serve):
+    for labels in (*run, *serve, the("Pod")["metadata"]["labels"]):
         assert admitted(labels, int(endpoint[2]), endpoint[1], "egress"), "the store that the settings name"
         assert admitted(labels, 53, "kube-system", "egress")
         assert not any(admitted(labels, port, "203.0.113.7", "egress") for port in (53, 80, 443)), "the internet"
@@ -169,12 +184,6 @@ def test_the_network_policies_let_pods_out_to_the_bucket_and_no_further() -> Non
     assert admitted(head, 443, "10.96.0.1", "egress") and admitted(head, 6443, "192.168.0.2", "egress")
     assert not admitted(serve[1] | {"ray.io/node-type": "worker"}, 6443, "192.168.0.2", "egress")
     assert not admitted(run[0] | {"ray.io/node-type": "head"}, 6443, "192.168.0.2", "egress")
-
-
-def _amount(text: str) -> float:
-    """A quantity of Kubernetes."""
-    number, unit = re.fullmatch(r"(\d+)(m|Gi|Ti)?", text).groups()  # type: ignore[union-attr]
-    return int(number) * {None: 1.0, "m": 0.001, "Gi": 1.0 * 2**30, "Ti": 1.0 * 2**40}[unit]
 
 
 def test_kueue_admits_the_pods_of_the_job() -> None:
@@ -187,16 +196,16 @@ def test_kueue_admits_the_pods_of_the_job() -> None:
     (group,) = the("ClusterQueue")["spec"]["resourceGroups"]
     assert {f["name"] for f in group["flavors"]} == set(flavors)
     assert all([r["name"] for r in f["resources"]] == group["coveredResources"] for f in group["flavors"])
-    left = {f["name"]: {r["name"]: _amount(r["nominalQuota"]) for r in f["resources"]} for f in group["flavors"]}
+    left = {f["name"]: {r["name"]: amount(r["nominalQuota"]) for r in f["resources"]} for f in group["flavors"]}
     for _ in range(4):  # as many runs as the quota was made for
         for count, pod in podsets:
             chosen = pod["nodeSelector"]
             fits = [n for n, f in flavors.items() if chosen.items() >= f["nodeLabels"].items()]
             assert len(fits) == 1, f"{chosen} fits {fits}"
             for container in pod["containers"]:
-                for name, amount in container["resources"]["requests"].items():
-                    left[fits[0]][name] -= count * _amount(amount)
-    assert all(amount >= -1e-9 for quota in left.values() for amount in quota.values())
+                for name, text in container["resources"]["requests"].items():
+                    left[fits[0]][name] -= count * amount(text)
+    assert all(rest >= -1e-9 for quota in left.values() for rest in quota.values())
     assert job["shutdownAfterJobFinishes"] and not job["rayClusterSpec"]["enableInTreeAutoscaling"], (
         "Kueue refuses others"
     )
@@ -289,6 +298,23 @@ def test_the_doctor_is_the_same_job_with_another_entrypoint(tmp_path: Path) -> N
     assert made == shipped
     assert words[:3] == ["python", "-m", "ray_jobs.doctor"]
     check_command(["doctor", *words[3:]])
+
+
+def test_a_run_is_looked_at_from_a_pod_that_may_read_the_bucket() -> None:
+    """A job's cluster goes with it, and a desk outside reaches no bucket inside."""
+    pod, job = the("Pod"), the("RayJob")["spec"]["rayClusterSpec"]
+    (container,), (head, *_) = pod["spec"]["containers"], pods(job)
+    assert pod["spec"]["serviceAccountName"] == head["serviceAccountName"]
+    assert container["envFrom"] == head["containers"][0]["envFrom"] and pod["spec"]["activeDeadlineSeconds"]
+    name = pod["metadata"]["name"]
+    typed = [
+        shlex.split(m) for m in re.findall(rf"^kubectl -n meddam exec {name} -- meddam (.*)$", STEPS, re.MULTILINE)
+    ]
+    assert [words[0] for words in typed] == ["status", "audit", "report"]
+    for words in typed:
+        check_command(words)
+    assert f"cp {name}:{typed[-1][typed[-1].index('--out') + 1]} " in STEPS
+    assert not re.search(r"^meddam (status|audit|report)", STEPS, re.MULTILINE)
 
 
 def test_a_mistake_in_the_settings_does_not_start_cluster_after_cluster() -> None:

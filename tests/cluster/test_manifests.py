@@ -20,7 +20,8 @@ import jsonschema
 import pytest
 import yaml
 
-from tests.cluster.manifests import CLUSTER, ROOT, STORES, check_command, documents, ray_clusters, the
+from ray_jobs.doctor_node import store_size
+from tests.cluster.manifests import CLUSTER, ROOT, STEPS, STORES, amount, check_command, documents, ray_clusters, the
 from tests.conftest import s3_environment
 
 SCHEMAS = json.loads((Path(__file__).parent / "ray_io_v1.json").read_text())
@@ -57,6 +58,18 @@ def test_a_mistyped_field_is_found() -> None:
 def test_clusters_are_closed(kind: str, spec: dict[str, Any]) -> None:
     assert spec["authOptions"]["mode"] == "token" and spec["rayVersion"] == RAY
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+
+
+@pytest.mark.parametrize(("kind", "spec"), ray_clusters())
+def test_the_object_store_fits_into_shared_memory(kind: str, spec: dict[str, Any]) -> None:
+    """Otherwise Ray puts it on a disk, and says so in a log only; on AWS it is --shm-size, looked at below."""
+    for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        memory = amount(pod["containers"][0]["resources"]["limits"]["memory"])
+        (shared,) = [amount(v["emptyDir"]["sizeLimit"]) for v in pod["volumes"] if v["name"] == "shm"]
+        told = group["rayStartParams"].get("object-store-memory")
+        store = store_size(int(memory), int(shared)) if told is None else int(told)
+        assert 1e9 < store < shared <= memory / 2, f"{kind}: {store / 1e9:g} GB into {shared / 1e9:g} GB"
 
 
 def test_the_job_asks_for_the_gpus_that_its_cluster_has() -> None:
@@ -111,6 +124,34 @@ def test_ray_up_takes_the_cluster() -> None:
     assert not config["setup_commands"] and not config["head_setup_commands"], "Ray's defaults install with pip"
     (token,) = config["file_mounts"].values()
     assert token.startswith("~/"), "not in the checkout, which every job uploads"
+
+
+def test_a_node_completes_weights_of_which_a_part_is_there(tmp_path: Path) -> None:
+    weights, calls = tmp_path / "weights", tmp_path / "calls"
+    commands = yaml.safe_load((CLUSTER / "aws/cluster.yaml").read_text())["initialization_commands"]
+    (command,) = [c.replace("/opt/weights", str(weights)) for c in commands if "s3://" in c]
+    (weights / "DAM-3B").mkdir(parents=True)
+    (weights / "DAM-3B/config.json").write_text("{}")
+    for name, body in (("sudo", 'exec "$@"'), ("aws", f'echo "$@" >>{calls}')):
+        (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    subprocess.run(["bash", "-ec", command], env={"PATH": f"{tmp_path}:/usr/bin:/bin"}, check=True)
+    assert calls.read_text().endswith(f"s3://BUCKET/weights/DAM-3B {weights}/DAM-3B\n")
+
+
+def test_what_reads_the_bucket_on_aws_comes_before_the_cluster_goes() -> None:
+    """Once its policy is there, objects are read from inside alone."""
+    page = (ROOT / "docs/cluster.md").read_text().partition("### On AWS")[2].partition("\n### ")[0]
+    lines = re.findall(r"^(?:ray|aws|meddam) .*$", page.partition("put-bucket-policy")[2], re.MULTILINE)
+    assert lines[-1].startswith("ray down")
+    reading = [line for line in lines if "s3://" in line]
+    assert all(line.startswith(("ray job submit", "ray exec")) for line in reading)
+    typed = [shlex.split(shlex.split(line)[-1])[1:] for line in reading if line.startswith("ray exec")]
+    assert [words[0] for words in typed] == ["status", "audit", "report"]
+    for words in typed:
+        check_command(words)
+    (brought,) = [line.split()[3] for line in lines if line.startswith("ray rsync-down")]
+    assert brought == typed[-1][typed[-1].index("--out") + 1]
 
 
 @pytest.fixture
@@ -204,7 +245,7 @@ WITHOUT_RESOURCES = {"ec2:DescribeInstances", "ec2:RunInstances", "ecr:GetAuthor
 
 @pytest.mark.parametrize(
     ("name", "writable"),
-    [("role", ["runs/*"]), ("data", ["set/*", "runs/*"]), ("bucket", []), ("head", []), ("pull", [])],
+    [("role", ["runs/*"]), ("data", ["set/*", "runs/*"]), ("weights", []), ("bucket", []), ("head", []), ("pull", [])],
 )
 def test_policies_name_only_what_is_needed(name: str, writable: list[str]) -> None:
     policy = json.loads((CLUSTER / f"aws/{name}-policy.json").read_text())
@@ -216,6 +257,32 @@ def test_policies_name_only_what_is_needed(name: str, writable: list[str]) -> No
     writes = [s["Resource"] for s in allowed if "s3:PutObject" in s["Action"]]
     resources = [r for some in writes for r in ([some] if isinstance(some, str) else some)]
     assert resources == [f"arn:aws:s3:::BUCKET/{prefix}" for prefix in writable]
+
+
+def test_each_role_of_pods_is_for_one_service_account() -> None:
+    """By the steps' own lines: role, who may take it, and what it may do then, as support.yaml names them."""
+    accounts = [d for _, d in documents() if d["kind"] == "ServiceAccount"]
+    for account in accounts:
+        name = account["metadata"]["name"]
+        role = account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].rpartition("/")[2]
+        (file,) = re.findall(rf"create-role --role-name {role} --assume-role-policy-document file://(\S+)", STEPS)
+        (statement,) = json.loads((ROOT / file).read_text())["Statement"]
+        issuer = statement["Principal"]["Federated"].partition(":oidc-provider/")[2]
+        assert statement["Action"] == "sts:AssumeRoleWithWebIdentity" and statement["Effect"] == "Allow"
+        assert statement["Condition"] == {"StringEquals": {
+            f"{issuer}:aud": "sts.amazonaws.com", f"{issuer}:sub": f"system:serviceaccount:meddam:{name}"
+        }}  # fmt: skip
+        (given,) = re.findall(rf"put-role-policy --role-name {role} .* file://cluster/aws/(\S+)", STEPS)
+        assert given == {"meddam": "role-policy.json", "meddam-serve": "weights-policy.json"}[name]
+        (left,) = re.findall(r"^grep -nE '(\S+)' (.*)$", STEPS, re.MULTILINE)
+        assert {file, f"cluster/aws/{given}"} < set(left[1].split()) and re.search(left[0], (ROOT / file).read_text())
+    assert len(accounts) == 2
+
+
+def test_every_file_is_in_the_list_of_this_folder() -> None:
+    listed = re.findall(r"\]\(([^)]+)\)", (CLUSTER / "README.md").read_text())
+    files = {f.relative_to(CLUSTER).as_posix() for f in CLUSTER.rglob("*") if f.is_file() and f.name != "README.md"}
+    assert files - set(listed) == set()
 
 
 def test_the_documentations_aws_commands_exist() -> None:
@@ -260,6 +327,10 @@ def test_the_image_holds_what_the_package_is_made_of_and_runs_as_nobody() -> Non
 
     known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert set(extras.split(",")) | {"mii-kernels"} <= set(known)
+    assert {"train", "dicom-sr"} <= set(extras.split(",")), "every command works in the image"
+    for page in ("cluster/Dockerfile", "docs/cluster.md", "cluster/airgapped/README.md"):
+        named = re.findall(r"[\w,-]*\bmii-kernels\b", (ROOT / page).read_text())
+        assert named and set(named) == {f"{extras},mii-kernels"}, page
 
 
 def test_the_dashboard_shows_metrics_that_there_are() -> None:
