@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 from meddam_core import storage
 from meddam_core.shards import shard_facts
 from ray_jobs.audit import audit
+from ray_jobs.dataset_files import DATASET
 from ray_jobs.fingerprint import inputs_digest
-from ray_jobs.ingest import DATASET
 from ray_jobs.run_directory import MANIFEST, RUN, SUMMARY, RunDirectory
 from ray_jobs.snapshot import as_they_are, shards_below
 

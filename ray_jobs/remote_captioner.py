@@ -103,13 +103,14 @@ def _reply(completion: Any) -> ChatReply:
     choices = getattr(completion, "choices", None)
     if choices == []:
         return ChatReply("", "empty")
-    message = getattr(choices[0], "message", None) if isinstance(choices, list) else None
+    first: Any = choices[0] if isinstance(choices, list) else None
+    message = getattr(first, "message", None)
     text = getattr(message, "content", None) or ""
     if message is None or not isinstance(text, str):
         raise JudgeCallError("malformed reply", retryable=True)
     refused, usage = getattr(message, "refusal", None), getattr(completion, "usage", None)
     counts = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
-    return ChatReply(text, "refusal" if refused else choices[0].finish_reason, *counts)
+    return ChatReply(text, "refusal" if refused else first.finish_reason, *counts)
 
 
 def _count(usage: Any, name: str) -> int:

@@ -34,8 +34,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from meddam_core import storage
 from meddam_core.imaging.deidentify import keyed_hash
-from ray_jobs.ingest import DATASET
-from ray_jobs.ingest import PLAN as INGEST
+from ray_jobs.dataset_files import DATASET, PLAN, UNFINISHED, check_finished
 from ray_jobs.judging_directory import JUDGE
 from ray_jobs.lease import Lease
 from ray_jobs.module_command import run_as
@@ -47,7 +46,7 @@ from ray_jobs.summary import EXIT_HELD
 RECORD, BEGUN = "withdrawn.json", "_withdrawing.json"
 SECRET = "MEDDAM_SECRET"
 LEASE = "lease"
-_WORKED_AT = {RUN, DATASET, INGEST, JUDGE, LEASE}
+_WORKED_AT = {RUN, DATASET, PLAN, UNFINISHED, JUDGE, LEASE}
 """Files of folders at which a job may be at work."""
 _KNOWN_FILES = {*_WORKED_AT, SUMMARY, MANIFEST, RECORD, "progress.json", "budget.json"}
 
@@ -218,9 +217,8 @@ def _joined(patient: Patient, begun: Begun) -> Patient:
 def _check_lineage(files: Sequence[str], patient: Patient) -> None:
     """What is unfinished, or made of shards that keep the patient, would bring the patient back."""
     given = set(files)
-    for dataset in sorted(_folders_with({INGEST}, files)):
-        if storage.join(dataset, DATASET) not in given:
-            raise ValueError(f"{dataset}: its ingest is not finished; run the same `meddam ingest` again first")
+    for dataset in sorted(_folders_with({PLAN, UNFINISHED}, files)):
+        check_finished(dataset)
     for run_uri in sorted(_folders_with({RUN}, files)):
         if storage.join(run_uri, INPUTS) not in given:
             continue

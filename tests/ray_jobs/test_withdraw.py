@@ -241,7 +241,7 @@ def test_what_would_bring_the_patient_back_is_refused(places: tuple[str, RunDire
         run(Config(places=(directory.uri,), patient_key=KEY))
     storage.delete(f"{shards}/dataset.json")
     storage.write_bytes(f"{shards}/ingest.json", b"{}")
-    with pytest.raises(ValueError, match="ingest is not finished"):
+    with pytest.raises(ValueError, match="is not finished"):
         run(Config(places=(shards, directory.uri), patient_key=KEY))
     assert len(_rows(shards)) == 24
 
