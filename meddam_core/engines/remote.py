@@ -186,6 +186,10 @@ class RemoteEngine:
     def _run(self) -> None:
         try:
             self._loop.run_forever()
+            if left := asyncio.all_tasks(self._loop):
+                for task in left:
+                    task.cancel()
+                self._loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         finally:
             self._loop.close()
 
