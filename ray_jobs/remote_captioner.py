@@ -110,7 +110,7 @@ def _reply(completion: Any) -> ChatReply:
         raise JudgeCallError("malformed reply", retryable=True)
     refused, usage = getattr(message, "refusal", None), getattr(completion, "usage", None)
     counts = (_count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
-    return ChatReply(text, "refusal" if refused else first.finish_reason, *counts)
+    return ChatReply(text, "refusal" if refused else getattr(first, "finish_reason", None) or "", *counts)
 
 
 def _count(usage: Any, name: str) -> int:
