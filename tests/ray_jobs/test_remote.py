@@ -218,7 +218,10 @@ def _kill_the_permits() -> None:
     ray.kill(ray.get_actor(name))
 
 
-@pytest.mark.parametrize(("what", "said"), [("outage", "answered no call"), ("permits", "has died")])
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [("outage", "answered no call"), pytest.param("permits", "has died", marks=pytest.mark.slow)],
+)
 def test_what_ends_late_in_a_run_stops_it_without_failed_rows_and_it_goes_on(
     ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str, said: str
 ) -> None:
