@@ -14,8 +14,6 @@ Invariants:
 from __future__ import annotations
 
 import functools
-import os
-import sys
 import time
 from typing import Any
 
@@ -26,7 +24,7 @@ from ray_jobs.audit import audit
 from ray_jobs.caption_config import REMOTE, Config
 from ray_jobs.captioners import AnySpec, release, resolve
 from ray_jobs.estimate import Estimate, estimate
-from ray_jobs.lease import Lease
+from ray_jobs.lease import Lease, give_way
 from ray_jobs.module_command import run_as
 from ray_jobs.monitor import start_monitor
 from ray_jobs.plan import Plan, finish_summary, open_run
@@ -57,7 +55,7 @@ def run(cfg: Config, retry: bool = False) -> Summary | Estimate:
     if cfg.dry_run:
         return _dry_run(cfg, directory)
     storage.check_writable(directory.uri)
-    with Lease(directory.uri, on_lost=_give_way):
+    with Lease(directory.uri, on_lost=give_way):
         plan = open_run(cfg, directory, retry)
         if plan.finished is not None:
             return plan.finished
@@ -177,13 +175,6 @@ def _publish(plan: Plan, monitor: Any, stopped: str | None, started: float, show
         plan.clear_checkpoint()
     shown.finish(summary, totals)
     return summary
-
-
-def _give_way() -> None:
-    """Another driver has taken the run over: end at once, before two of them write."""
-    sys.stderr.write("meddam: lost the lease of the run directory to another driver; stopping\n")
-    sys.stderr.flush()
-    os._exit(5)
 
 
 if __name__ == "__main__":  # the same options as `meddam caption`

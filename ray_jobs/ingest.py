@@ -48,7 +48,7 @@ from ray_jobs.dataset_files import DATASET, PLAN
 from ray_jobs.ingest_config import Config, LidcIdriConfig
 from ray_jobs.ingest_parts import IngestPart, PartCounts, write_parts
 from ray_jobs.ingest_splits import deal_splits
-from ray_jobs.lease import Lease
+from ray_jobs.lease import Lease, give_way
 from ray_jobs.module_command import run_as
 from ray_jobs.region_table import RegionSummary, write_region_table
 from ray_jobs.session import session
@@ -139,7 +139,7 @@ def _ingest(cfg: Config, secret: bytes | None) -> Summary:
     source = cfg.source() if cfg.segmenter is None else Prompted(inner=cfg.source(), segmenter=cfg.segmenter)
     storage.check_writable(cfg.out)
     fingerprint = _fingerprint(cfg, source, secret)
-    with Lease(cfg.out, on_lost=_give_way):
+    with Lease(cfg.out, on_lost=give_way):
         done = _finished(cfg, fingerprint)
         if done is not None:
             return done
@@ -269,13 +269,6 @@ def _publish(cfg: Config, rules: RowRules, fingerprint: str, counts: Iterable[Pa
 
 def _shown(cfg: Config) -> dict[str, Any]:
     return {"source": type(cfg).__name__, **cfg.model_dump(mode="json", exclude=_PRIVATE)}
-
-
-def _give_way() -> None:
-    """Another driver has taken the ingest over: end at once."""
-    sys.stderr.write("meddam: lost the lease of the dataset to another driver; stopping\n")
-    sys.stderr.flush()
-    os._exit(5)
 
 
 if __name__ == "__main__":  # the same options as `meddam ingest`

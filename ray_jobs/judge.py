@@ -18,8 +18,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import sys
 import threading
 import time
 from collections import Counter
@@ -37,13 +35,12 @@ from ray_jobs.judge_estimate import Estimate, estimate
 from ray_jobs.judge_plan import Plan, Slice, make_plan, write_controls
 from ray_jobs.judge_summary import Summary, finish, now
 from ray_jobs.judging_directory import JUDGE, RUN_SET
-from ray_jobs.lease import Lease
+from ray_jobs.lease import Lease, give_way
 from ray_jobs.module_command import run_as
 from ray_jobs.permits import end_permits, start_permits
 from ray_jobs.question_files import open_questions
 from ray_jobs.run_directory import SUMMARY, RunDirectory
 from ray_jobs.session import session
-from ray_jobs.summary import EXIT_HELD
 
 logger = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0
@@ -64,7 +61,7 @@ def run(cfg: Config) -> Summary | Estimate:
         _check_same(plan)
         return Summary.model_validate(earlier)
     storage.check_writable(plan.judging.at())
-    with Lease(plan.judging.at(), on_lost=_give_way):
+    with Lease(plan.judging.at(), on_lost=give_way):
         _begin(plan)
         with session(cfg.num_cpus):
             return _judge(plan)
@@ -182,13 +179,6 @@ def _progress(actors: dict[str, Any], name: str, num_captions: int, done: Counte
     finally:
         stop.set()
         thread.join(timeout=LOG_EVERY_S)
-
-
-def _give_way() -> None:
-    """Another driver has taken the judging over: end at once, before calls are paid for twice."""
-    sys.stderr.write("meddam: lost the lease of the judging to another driver; stopping\n")
-    sys.stderr.flush()
-    os._exit(EXIT_HELD)
 
 
 if __name__ == "__main__":  # the same options as `meddam judge`

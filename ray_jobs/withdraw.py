@@ -23,7 +23,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from datetime import UTC, datetime
@@ -36,12 +35,11 @@ from meddam_core import storage
 from meddam_core.imaging.deidentify import keyed_hash
 from ray_jobs.dataset_files import DATASET, PLAN, UNFINISHED, check_finished
 from ray_jobs.judging_directory import JUDGE
-from ray_jobs.lease import Lease
+from ray_jobs.lease import Lease, give_way
 from ray_jobs.module_command import run_as
 from ray_jobs.patient_rows import Patient, count_rows, find_patient, take_out
 from ray_jobs.recount import recount
 from ray_jobs.run_directory import INPUTS, MANIFEST, RUN, SUMMARY, RunDirectory
-from ray_jobs.summary import EXIT_HELD
 
 RECORD, BEGUN = "withdrawn.json", "_withdrawing.json"
 SECRET = "MEDDAM_SECRET"
@@ -171,7 +169,7 @@ def _leased(places: Sequence[str], held: ExitStack) -> list[str]:
     files = _listed(places)
     while missing := {*places, *_folders_with(_WORKED_AT, files)} - taken:
         for folder in sorted(missing):
-            held.enter_context(Lease(folder, on_lost=_give_way))
+            held.enter_context(Lease(folder, on_lost=give_way))
         taken |= missing
         files = [uri for uri in _listed(places) if not uri.endswith("/" + LEASE)]
     return files
@@ -294,13 +292,6 @@ def _record(place: str, begun: Begun, summary: Summary) -> None:
 
 def _hash(key: str) -> str:
     return hashlib.sha256(key.encode()).hexdigest()
-
-
-def _give_way() -> None:
-    """Somebody took a place over: end at once; running it again finishes it."""
-    sys.stderr.write("meddam: lost the lease of a place to another job; stopping\n")
-    sys.stderr.flush()
-    os._exit(EXIT_HELD)
 
 
 if __name__ == "__main__":  # the same options as `meddam withdraw`
